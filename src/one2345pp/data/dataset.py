@@ -1,0 +1,57 @@
+"""Prepared samples as a torch dataset. Making them lives in `data.prepare`; turning them into batches is each objective's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..errors import InputError
+
+
+TIER_WEIGHTS = {"scan": 4.0, "textured": 4.0, "lowpoly": 1.0}  # 87% of the objects at hand are low-poly
+
+
+class PreparedDataset(Dataset):
+    """Azimuth frames of objects, as `prepare` wrote them.
+
+    An item is a dict: `name` and `tier` (str), `views [12, S, S, 4]` and `inputs [I, S, S, 4]` (uint8, straight alpha), `sdf [X, Y, Z]`
+    (int8, 127 is the truncation distance `truncation` in world units), `coords [N, 3]` (int64) and `colors [N, 3]` (uint8) of the cells
+    with |sdf| < 127.
+
+    Args:
+        path: Folder that `prepare` wrote, possibly still writing.
+        names: Only these objects.
+    """
+
+    def __init__(self, path: str | Path, names: set[str] | None = None):
+        self.path = Path(path)
+        try:
+            self.meta = json.loads((self.path / "index.json").read_text())
+        except FileNotFoundError:
+            raise InputError(f"{path}: is not a prepared dataset (no index.json). Make one with: one2345pp prepare") from None
+        files = sorted(self.path.glob("*.npz"), key=lambda f: (int(f.name.split(".")[-2]), f.name))
+        self.files = [f for f in files if names is None or f.name.rsplit(".", 2)[0] in names]
+        if not self.files:
+            raise InputError(f"{path}: holds no samples.")
+        self.truncation: float = self.meta["truncation"]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """Sampling weight of every item by its tier, `[len]`."""
+        tiers = [self.meta["tiers"].get(f.name.rsplit(".", 2)[0], "lowpoly") for f in self.files]
+        return torch.tensor([TIER_WEIGHTS.get(t, 1.0) for t in tiers], dtype=torch.float64)
+
+    def __getitem__(self, index: int) -> dict:
+        file = self.files[index]
+        name = file.name.rsplit(".", 2)[0]
+        with np.load(file) as data:
+            arrays = {key: torch.from_numpy(data[key]) for key in ("views", "inputs", "sdf", "colors")}
+        coords = (arrays["sdf"].abs() < 127).nonzero()
+        return {"name": name, "tier": self.meta["tiers"].get(name, "lowpoly"), "coords": coords, **arrays}

@@ -1,0 +1,122 @@
+"""Pictures of meshes: supersampled textured views, contact sheets, turntables. Rasterising lives in `rasterize`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import trimesh
+from PIL import Image
+
+from ..errors import InputError
+from .cameras import CameraRig
+from .mesh import surface_colors
+from .rasterize import rasterize
+
+
+# Direction to the key light in the camera's frame (over the left shoulder), and how much of the colour it decides.
+KEY_LIGHT = np.array([-0.35, 0.55, 0.75], np.float32) / np.linalg.norm([-0.35, 0.55, 0.75])
+AMBIENT, DIFFUSE = 0.72, 0.36
+
+
+def render(
+    mesh: trimesh.Trimesh,
+    rig: CameraRig,
+    size: int,
+    supersample: int = 2,
+    shading: str = "soft",
+    rasterizer: str = "auto",
+    light: np.ndarray | None = None,  # [3] in the world
+) -> np.ndarray:
+    """Draw the textured mesh from every camera on a transparent background.
+
+    Args:
+        mesh: Mesh with a texture, vertex colours or none.
+        rig: `V` cameras.
+        size: Height and width of the pictures in pixels.
+        supersample: Rays along each side of a pixel.
+        shading: `"soft"` (headlight, both sides of a face lit), `"none"` (flat colours) or `"normal"` (camera-space normals).
+        rasterizer: As `rasterize`.
+        light: Direction to a light fixed in the world, for `"soft"`; the default light moves with the camera.
+
+    Returns:
+        `[V, size, size, 4]` uint8, straight alpha, sRGB. Colours of half-covered pixels are those of the covered part.
+    """
+    if shading not in ("soft", "none", "normal"):
+        raise InputError(f"shading: got {shading!r}, expected 'soft', 'none' or 'normal'.")
+    fine = size * supersample
+    normals = np.asarray(mesh.face_normals, np.float32)
+    out = np.zeros((len(rig), size, size, 4), np.uint8)
+    rotations = rig.camera_to_world[:, :3, :3].numpy()
+    for view in range(len(rig)):
+        fragments = rasterize(mesh, rig[view], fine, rasterizer=rasterizer)
+        mask = fragments.mask[0]
+        ids = fragments.face_ids[0][mask]
+        camera_normals = normals[ids] @ rotations[view]  # rows are R^T n
+        camera_normals *= np.where(camera_normals[:, 2:] < 0, -1, 1)  # a face is seen from whichever side looks at us
+        if shading == "normal":
+            colors = camera_normals * 0.5 + 0.5
+        else:
+            colors = surface_colors(mesh, ids, fragments.barycentrics[0][mask])
+            if shading == "soft":
+                key = KEY_LIGHT if light is None else light @ rotations[view]
+                lit = AMBIENT + DIFFUSE * np.clip(camera_normals @ key.astype(np.float32), 0, 1)
+                colors = colors * lit[:, None]
+        picture = np.zeros((fine, fine, 4), np.float32)
+        picture[mask] = np.concatenate([np.clip(colors, 0, 1), np.ones((len(ids), 1), np.float32)], 1)
+        picture = picture.reshape(size, supersample, size, supersample, 4).mean((1, 3))
+        picture[..., :3] /= np.maximum(picture[..., 3:], 1e-6)
+        out[view] = np.round(picture * 255).astype(np.uint8)
+    return out
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image | np.ndarray]], size: int | None = None, background=(255, 255, 255), gap: int = 4
+) -> Image.Image:
+    """Pictures in rows on one sheet, each resized to `size` (default: the first picture's) and laid on `background`."""
+    rows = [[Image.fromarray(p) if isinstance(p, np.ndarray) else p for p in row] for row in rows]
+    size = size or rows[0][0].width
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * (size + gap) + gap, len(rows) * (size + gap) + gap), background)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            height = round(size * picture.height / picture.width)
+            picture = picture.convert("RGBA").resize((size, height), Image.Resampling.LANCZOS)
+            picture = picture.crop((0, 0, size, size)) if height > size else picture
+            sheet.paste(picture, (gap + j * (size + gap), gap + i * (size + gap)), picture)
+    return sheet
+
+
+def orbit(views: int, elevation: float = 15.0, fov: float = math.radians(30), margin: float = 1.1) -> CameraRig:
+    """A ring of cameras that sees the whole object sphere, starting at the front."""
+    azimuths = torch.arange(views) * (360 / views)
+    return CameraRig.from_angles(azimuths, elevation, fov, margin * 0.5 / math.sin(fov / 2))
+
+
+def turntable(mesh: trimesh.Trimesh, path: str | Path, frames: int = 36, size: int = 256, fps: int = 18) -> None:
+    """Write a turning view of the mesh as `.gif`, or as `.mp4` (needs the `[video]` extra)."""
+    path = Path(path)
+    pictures = []
+    for view in render(mesh, orbit(frames), size):
+        alpha = view[..., 3:].astype(np.float32) / 255
+        pictures.append(np.round(view[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8))
+    partial = path.with_name(f".{path.stem}.part{path.suffix}")
+    if path.suffix.lower() == ".gif":
+        first, *rest = (Image.fromarray(p).quantize(128) for p in pictures)
+        first.save(partial, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    elif path.suffix.lower() == ".mp4":
+        try:
+            import imageio_ffmpeg
+        except ImportError:
+            raise InputError(f"{path}: MP4 needs the video extra: pip install 'one2345pp[video]', or ask for .gif.") from None
+        writer = imageio_ffmpeg.write_frames(str(partial), (size, size), fps=fps)
+        writer.send(None)
+        for picture in pictures:
+            writer.send(np.ascontiguousarray(picture))
+        writer.close()
+    else:
+        raise InputError(f"{path}: a turntable is a .gif or an .mp4.")
+    partial.replace(path)

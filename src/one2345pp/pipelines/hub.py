@@ -1,0 +1,182 @@
+"""How a pipeline becomes a folder that any diffusers program can load, and back. What the pipelines compute lives elsewhere.
+
+diffusers writes no code beside the weights and imports no library that a folder names. So `save_pretrained` adds `pipeline.py` and
+one-line modules ("shims", named by the full path of the module they stand for), which `DiffusionPipeline.from_pretrained(folder,
+trust_remote_code=True)` executes. Our own classes need none of that: they look their components up here, and execute nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+from huggingface_hub import create_repo
+
+import one2345pp
+
+from ..errors import InputError
+
+
+__all__ = ["DiffusionPipeline", "ModelMixin", "SchedulerMixin", "SelfContainedMixin"]
+
+PACKAGE = "one2345pp"
+
+COMPONENT_SHIM = '''"""Stands for {class_name} of the installed package one2345pp (pip install one2345pp)."""
+
+from {module} import {class_name}
+
+
+__all__ = ["{class_name}"]
+'''
+
+PIPELINE_SHIM = '''"""Stands for {class_name} of the installed package one2345pp (pip install one2345pp)."""
+
+{imports}from {module} import {class_name}
+
+
+__all__ = ["{class_name}"]
+'''
+
+
+def __getattr__(name: str):
+    """The package's component classes by bare name: diffusers resolves components with `getattr(module, class_name)`."""
+    if name not in one2345pp.MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(one2345pp, name)
+
+
+class SelfContainedMixin:
+    """For subclasses of `DiffusionPipeline`: saved folders load in any diffusers program that has this package installed.
+
+    Folders that were saved by these classes load through these classes without `trust_remote_code`.
+    """
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs):
+        """As `DiffusionPipeline.from_pretrained`. Weights load as float32 unless `dtype` says otherwise."""
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", torch.float32)
+        return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | Path, **kwargs):
+        """As `ConfigMixin.load_config`, with this package's components pointed at this module instead of at the folder's shims."""
+        outputs = super().load_config(pretrained_model_name_or_path, **kwargs)
+        config = outputs[0] if isinstance(outputs, tuple) else outputs
+        for name, entry in config.items():
+            if isinstance(entry, list) and len(entry) == 2 and _is_public(*entry):
+                config[name] = [__name__, entry[1]]
+        return outputs
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
+        """Read a config; `["pipeline", "Cls"]` becomes `"Cls"`, so that this class is used and not the folder's `pipeline.py`."""
+        config = super()._dict_from_json_file(json_file)
+        class_name = config.get("_class_name")
+        if isinstance(class_name, list):
+            if class_name[-1] in one2345pp.MODULE_OF and class_name[-1] not in [base.__name__ for base in cls.__mro__]:
+                raise InputError(
+                    f"{json_file}: holds a {class_name[-1]}, not a {cls.__name__}. Load it with its own class."
+                )
+            config["_class_name"] = class_name[-1]
+        return config
+
+    # --- writing ------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
+        """As `DiffusionPipeline.save_pretrained`, and the folder can be loaded by `DiffusionPipeline.from_pretrained`.
+
+        A `README.md` in the folder stays as it is, also on the Hub with `push_to_hub=True`.
+        """
+        folder = Path(save_directory)
+        hub_names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
+        super().save_pretrained(str(folder), **kwargs)
+        self._write_shims(folder)
+        if push_to_hub:
+            _upload(self, folder, **{"repo_id": folder.name, **hub_kwargs})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        card: str | Path | None = None,
+    ) -> str:
+        """As diffusers', but a model card of ours is not replaced by a generic one.
+
+        Args:
+            card: Model card (a Markdown file). Defaults to the `README.md` of the folder this pipeline was loaded from.
+        """
+        card = (
+            Path(card) if card is not None else Path(getattr(self.config, "_name_or_path", None) or ".") / "README.md"
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+            if card.is_file():
+                (Path(folder) / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+            return _upload(self, Path(folder), repo_id, commit_message, private, token, create_pr, subfolder)
+
+    def _write_shims(self, folder: Path) -> None:
+        """Rewrite `model_index.json` and add `pipeline.py` and a shim for each component of this package."""
+        index_path = folder / "model_index.json"
+        index = json.loads(index_path.read_text(encoding="utf-8"))
+        index.pop("_name_or_path", None)  # where it was loaded from is nobody else's business
+        imports = []
+        for name, entry in index.items():
+            if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
+                continue
+            module, class_name = entry
+            for stale in (folder / name).glob(f"{PACKAGE}.*.py"):
+                stale.unlink()
+            if _is_public(module, class_name):
+                shim = COMPONENT_SHIM.format(module=module, class_name=class_name)
+                (folder / name / f"{module}.py").write_text(shim, encoding="utf-8")
+                imports.append(f"import {module}\n")
+            elif module == "transformers" and class_name.endswith("ImageProcessorPil"):
+                index[name] = [module, class_name.removesuffix("Pil")]  # the Pil names exist in transformers 5 only
+        cls = type(self)
+        if _is_public(cls.__module__, cls.__name__):
+            index["_class_name"] = ["pipeline", cls.__name__]
+            shim = PIPELINE_SHIM.format(
+                imports="".join(sorted(set(imports))), module=cls.__module__, class_name=cls.__name__
+            )
+            (folder / "pipeline.py").write_text(shim, encoding="utf-8")
+        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _is_public(module: Any, class_name: Any) -> bool:
+    """Whether `module` is where this package keeps its public class `class_name`."""
+    return isinstance(class_name, str) and module == f"{PACKAGE}.{one2345pp.MODULE_OF.get(class_name)}"
+
+
+def _upload(
+    pipeline: DiffusionPipeline,
+    folder: Path,
+    repo_id: str,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    subfolder: str | None = None,
+) -> str:
+    """Create the repository if need be and upload a saved folder, with its card or else with diffusers' generic one."""
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    if not (folder / "README.md").is_file() and not subfolder:
+        card = populate_model_card(load_or_create_model_card(repo_id, token=token, is_pipeline=True))
+        card.save(folder / "README.md")
+    return pipeline._upload_folder(
+        str(folder), repo_id, token=token, commit_message=commit_message, create_pr=create_pr, subfolder=subfolder
+    )

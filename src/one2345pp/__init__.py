@@ -1,4 +1,4 @@
-"""One-2-3-45++ for diffusers: one image or prompt in, one textured mesh out. Names are resolved on first use, so importing is cheap."""
+"""One-2-3-45++ for diffusers: one image or prompt in, one textured mesh out. Public names only, resolved on first use."""
 
 from __future__ import annotations
 

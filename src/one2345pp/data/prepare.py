@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import trimesh
 from PIL import Image
 
 from ..errors import InputError
@@ -45,6 +46,8 @@ def prepare(
     workers: int | None = None,
     seed: int = 0,
     table: Path | None = None,
+    rigs: tuple[str, ...] = RIGS,
+    volumes: bool = True,
 ) -> list[str]:
     """Render and voxelise meshes into a folder that training reads. Frames that are there already are kept.
 
@@ -57,6 +60,8 @@ def prepare(
         workers: Processes, defaults to the number of cores.
         seed: With the object's name, decides azimuths, input cameras and light.
         table: CSV with columns `name` and `tier`, for sampling by tier.
+        rigs: Rigs to draw; the volume stages train on both named ones, the first stage needs one.
+        volumes: Whether to make volumes; the first stage needs none.
 
     Returns:
         A line for each object that could not be used, saying why.
@@ -66,11 +71,12 @@ def prepare(
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     tiers = {row["name"]: row["tier"] for row in csv.DictReader(open(table, newline=""))} if table else {}
-    meta = {"format": 1, "view_size": view_size, "resolution": resolution, "rigs": RIGS, "inputs": INPUTS_PER_FRAME}
+    meta = {"format": 1, "view_size": view_size, "resolution": resolution, "rigs": rigs, "inputs": INPUTS_PER_FRAME}
     meta["tiers"] = {Path(m).stem: tiers.get(Path(m).stem, "lowpoly") for m in meshes}
     meta["truncation"] = TRUNCATION_CELLS / resolution
     (output / "index.json").write_text(json.dumps(meta))
-    jobs = [(Path(m), output, frame, view_size, resolution, seed) for frame in range(frames) for m in meshes]
+    spec = {"view_size": view_size, "rigs": rigs, "resolution": resolution if volumes else None}
+    jobs = [(Path(m), output, frame, seed, spec) for frame in range(frames) for m in meshes]
     with ProcessPoolExecutor(workers) as pool:
         problems = [problem for problem in pool.map(_prepare_frame, jobs, chunksize=4) if problem]
     for problem in problems:
@@ -78,8 +84,8 @@ def prepare(
     return problems
 
 
-def _prepare_frame(job: tuple[Path, Path, int, int, int, int]) -> str | None:
-    path, output, frame, view_size, resolution, seed = job
+def _prepare_frame(job: tuple[Path, Path, int, int, dict]) -> str | None:
+    path, output, frame, seed, spec = job
     target = output / f"{path.stem}.{frame}.npz"
     if target.exists():
         return None
@@ -87,7 +93,7 @@ def _prepare_frame(job: tuple[Path, Path, int, int, int, int]) -> str | None:
     rng = np.random.default_rng([seed, zlib.crc32(path.stem.encode()), frame])
     try:
         mesh = normalize_to_sphere(load_mesh(path))
-        sample = make_frame(mesh, 0.0 if frame == 0 else rng.uniform(0, 360), view_size, resolution, rng)
+        sample = make_frame(mesh, 0.0 if frame == 0 else rng.uniform(0, 360), rng, **spec)
     except InputError as error:
         return f"{path.stem}: {error}"
     partial = target.with_name(target.name + ".part")
@@ -97,20 +103,31 @@ def _prepare_frame(job: tuple[Path, Path, int, int, int, int]) -> str | None:
     return None
 
 
-def make_frame(mesh, azimuth: float, view_size: int, resolution: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def make_frame(
+    mesh: trimesh.Trimesh,
+    azimuth: float,
+    rng: np.random.Generator,
+    view_size: int,
+    rigs: tuple[str, ...] = RIGS,
+    resolution: int | None = 64,
+) -> dict[str, np.ndarray]:
     """One azimuth frame of a sphere-normalised mesh.
 
     Returns:
-        `views [12, S, S, 4]` uint8 (six of each named rig), `inputs [I, S, S, 4]` uint8, `sdf [X, Y, Z]` int8 (127 is the truncation
-        distance), `colors [N, 3]` uint8 of the cells with |sdf| < 127 in row-major order.
+        `views [6 * len(rigs), S, S, 4]` uint8, `inputs [I, S, S, 4]` uint8 and, unless `resolution` is `None`, `sdf [X, Y, Z]` int8
+        (127 is the truncation distance) and `colors [N, 3]` uint8 of the cells with |sdf| < 127 in row-major order.
     """
+    rig = CameraRig.cat([CameraRig.named(name) for name in rigs])
+    views = render(mesh, rig.rotated(azimuth), view_size)
+    inputs = [render_input(mesh, azimuth, view_size, rng) for _ in range(INPUTS_PER_FRAME)]
+    sample = {"views": views, "inputs": np.stack(inputs)}
+    return sample if resolution is None else {**sample, **_make_volume(mesh, azimuth, resolution)}
+
+
+def _make_volume(mesh: trimesh.Trimesh, azimuth: float, resolution: int) -> dict[str, np.ndarray]:
     truncation = TRUNCATION_CELLS / resolution
     cloud = SurfaceCloud.from_mesh(mesh)
     volume = cloud.volume(resolution, truncation, azimuth)
-    rig = CameraRig.cat([CameraRig.named(name) for name in RIGS])
-    views = render(mesh, rig.rotated(azimuth), view_size)
-    inputs = [render_input(mesh, azimuth, view_size, rng) for _ in range(INPUTS_PER_FRAME)]
-
     sdf = np.zeros([resolution] * 3, np.int8)
     turned = CameraRig.from_angles([azimuth], 0, 1.0, 1.0).camera_to_world[0, :3, :3]  # its axes are the frame's
     centers = cell_centers(torch.from_numpy(np.argwhere(sdf == 0)), resolution)
@@ -118,11 +135,10 @@ def make_frame(mesh, azimuth: float, view_size: int, resolution: int, rng: np.ra
     sdf[...] = np.where(outside, 127, -127)
     x, y, z = volume.coords.numpy().T
     sdf[x, y, z] = np.clip(np.round(volume.sdf.numpy() / truncation * 127), -126, 126)
-    colors = np.round(volume.colors.numpy() * 255).astype(np.uint8)
-    return {"views": views, "inputs": np.stack(inputs), "sdf": sdf, "colors": colors}
+    return {"sdf": sdf, "colors": np.round(volume.colors.numpy() * 255).astype(np.uint8)}
 
 
-def render_input(mesh, azimuth: float, size: int, rng: np.random.Generator) -> np.ndarray:
+def render_input(mesh: trimesh.Trimesh, azimuth: float, size: int, rng: np.random.Generator) -> np.ndarray:
     """The picture a person might take of the front: any elevation and lens, light from anywhere above, framed. `[size, size, 4]` uint8."""
     elevation, fov = rng.uniform(*INPUT_ELEVATIONS), math.radians(rng.uniform(*INPUT_FOVS))
     rig = CameraRig.from_angles([azimuth], elevation, fov, 0.5 / math.sin(fov / 2))

@@ -238,9 +238,17 @@ def project(
 
     Source: pinhole model; One-2-3-45++ section 3.2 ("local condition").
     """
-    world_to_camera = rig.world_to_camera
+    return project_points(points, rig.world_to_camera, rig.tan_half_fov)
+
+
+def project_points(
+    points: Tensor,  # [..., P, 3]
+    world_to_camera: Tensor,  # [V, 4, 4]
+    tan_half_fov: Tensor,  # [V]
+) -> tuple[Tensor, Tensor]:
+    """`project` for cameras given as matrices, which need not be rigid (training perturbs them)."""
     camera_points = torch.einsum("vij,...pj->...vpi", world_to_camera[:, :3, :3], points)
     camera_points = camera_points + world_to_camera[:, None, :3, 3]
     depth = -camera_points[..., 2]  # OpenGL cameras look along -z
-    uv = camera_points[..., :2] / (depth.clamp(min=1e-6)[..., None] * rig.tan_half_fov[:, None, None])
+    uv = camera_points[..., :2] / (depth.clamp(min=1e-6)[..., None] * tan_half_fov[:, None, None])
     return uv * uv.new_tensor([1.0, -1.0]), depth

@@ -1,0 +1,161 @@
+"""The command line: arguments and exit status. Parses first and imports late; what the commands do lives in `commands`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import __version__
+
+
+# Spelled out, so that --help imports nothing heavy; a test compares them with their sources.
+BACKGROUNDS = ("auto", "alpha", "key", "rembg")
+RIGS = ("zero123plus-v1.2", "zero123plus-v1.1")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line; argparse would print the usage as well."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0 when every output was written, 2 for arguments or input that cannot be used, 1 for a failure inside.
+    """
+    args = build_parser().parse_args(argv)
+    from . import commands
+    from .outputs import report
+
+    try:
+        return getattr(commands, args.command)(args)
+    except KeyboardInterrupt:
+        sys.stderr.write("one2345pp: interrupted\n")
+        return 1
+    except Exception as error:
+        return report(error)
+
+
+def build_parser() -> OneLineParser:
+    """All commands and their options."""
+    parser = OneLineParser(
+        prog="one2345pp", description="One image or prompt in, one textured mesh out.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"one2345pp {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> OneLineParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        _add_shared(sub)
+        return sub
+
+    generate = command("generate", "images, or a prompt, to textured meshes")
+    generate.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="pictures of one object each")
+    _add_output(generate)
+    generate.add_argument("--prompt", help="text instead of images; needs --text-to-image")
+    generate.add_argument(
+        "--text-to-image", metavar="MODEL", help="folder or Hub id of a diffusers text-to-image pipeline"
+    )
+    generate.add_argument("--background", choices=BACKGROUNDS, default="auto", help="how the object is cut out")
+    generate.add_argument("--steps", type=positive, metavar="N", help="denoising steps of the six views")
+    _add_sampling(generate)
+    _add_mesh(generate)
+
+    reconstruct = command("reconstruct", "views with cameras to a textured mesh")
+    _add_views(reconstruct)
+    _add_output(reconstruct)
+    reconstruct.add_argument("--image", type=Path, help="picture of the front, for models that look at it")
+    _add_sampling(reconstruct)
+    _add_mesh(reconstruct)
+
+    refine = command("refine", "paint a mesh anew from views")
+    refine.add_argument("mesh", type=Path, metavar="MESH", help="mesh file")
+    _add_views(refine)
+    _add_output(refine)
+    refine.add_argument("--rasterizer", choices=("auto", "embree", "nvdiffrast"), default="auto")
+    _add_mesh(refine)
+
+    prepare = command("prepare", "meshes to a data set for training")
+    prepare.add_argument("meshes", nargs="+", type=Path, metavar="MESH", help="mesh files, or folders of them")
+    prepare.add_argument("-o", "--output", type=Path, required=True, metavar="DATASET", help="folder of the data set")
+    prepare.add_argument(
+        "--frames", type=positive, default=2, metavar="N", help="azimuths of the input view, for each mesh"
+    )
+    prepare.add_argument("--view-size", type=positive, default=96, metavar="N", help="pixels")
+    prepare.add_argument(
+        "--resolution", type=positive, default=64, metavar="N", help="cells along an edge of the volume"
+    )
+    prepare.add_argument("--workers", type=positive, metavar="N", help="processes; defaults to one for each core")
+
+    train = command("train", "train one stage")
+    train.add_argument("stage", choices=("multiview", "occupancy", "sparse"))
+    train.add_argument("config", type=Path, metavar="CONFIG", help="JSON file of settings")
+    train.add_argument("--data", type=Path, metavar="DATASET", help="data set that prepare wrote")
+    train.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder for checkpoints")
+    train.add_argument("--minutes", type=float, help="stop after this long")
+
+    evaluate = command("evaluate", "compare meshes with true ones, paired by file stem")
+    evaluate.add_argument("--pred", type=Path, required=True, metavar="DIR", help="folder of meshes")
+    evaluate.add_argument("--gt", type=Path, required=True, metavar="DIR", help="folder of true meshes")
+    evaluate.add_argument("-o", "--output", type=Path, required=True, metavar="REPORT", help=".json file, or a folder")
+
+    command("info", "versions, devices, extras and the default checkpoint")
+    return parser
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("shared options")
+    group.add_argument("--model", help="folder or Hub id; defaults to the checkpoint in the package")
+    group.add_argument("--seed", type=int, help="of every random draw, for each input anew; defaults to 0")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    group.add_argument("--quiet", action="store_true", help="say nothing but errors")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    text = "mesh file (.glb .obj .ply .stl .usdz), or a folder"
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help=text)
+
+
+def _add_views(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "views", type=Path, metavar="VIEWS", help="folder with cameras.json, or a tile image with --rig"
+    )
+    parser.add_argument("--rig", choices=RIGS, help="cameras of a tile image")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--guidance-scale", type=float, metavar="S", help="how closely the first diffusion follows its input"
+    )
+    group.add_argument("--occupancy-steps", type=positive, metavar="N", help="denoising steps of the coarse volume")
+    group.add_argument("--sparse-steps", type=positive, metavar="N", help="denoising steps of the fine volume")
+    group.add_argument("--no-refine", dest="refine", action="store_false", help="keep vertex colours, paint no texture")
+    text = "also write views, cameras.json, volume and coarse mesh; several inputs: a folder each"
+    group.add_argument("--save-intermediates", type=Path, metavar="DIR", help=text)
+
+
+def _add_mesh(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("mesh")
+    group.add_argument("--faces", type=positive, metavar="N", help="most triangles")
+    group.add_argument("--texture-steps", type=positive, metavar="N", help="steps of the texture refinement")
+    group.add_argument("--texture-size", type=positive, metavar="N", help="pixels")
+    text = "also write a picture (.png) or a turntable (.gif .mp4); several inputs: FILE-<stem>"
+    group.add_argument("--preview", type=Path, metavar="FILE", help=text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Meshes to files: GLB, OBJ, PLY, STL, USDZ, in the world's own frame (+Y up, +Z front). Reading lives in `mesh`.
+
+The same mesh gives the same bytes: nothing that is written depends on time, on the file's folder or on what was computed before.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import trimesh
+from PIL import Image
+
+from ..errors import InputError
+from .mesh import surface_colors
+
+
+CREASE = np.cos(np.radians(40.0))  # normals of a cut are joined where the surfaces meet at less than this angle
+
+
+def export_mesh(mesh: trimesh.Trimesh, path: str | Path) -> Path:
+    """Write a mesh; an interrupted write leaves no half file under the final name.
+
+    GLB and USDZ hold the texture; OBJ has an `.mtl` and a `.png` of the same name beside it; PLY has vertex colours, read off the
+    texture where there is one; STL has neither.
+
+    Returns:
+        The path written.
+
+    Raises:
+        InputError: If the suffix is not one of these, or the mesh is empty or not finite.
+    """
+    path = Path(path)
+    writer = WRITERS.get(path.suffix.lower())
+    if writer is None:
+        got = path.suffix or "no suffix"
+        raise InputError(f"{path}: cannot write a mesh as {got}. Use one of {', '.join(WRITERS)}.")
+    if len(mesh.faces) == 0 or not np.isfinite(mesh.vertices).all():
+        raise InputError(f"{path}: the mesh has no faces, or vertices that are not finite, so it is not written.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = writer(_bare(mesh), re.sub(r"[^\w.-]", "_", path.stem))
+    for name, data in files.items():  # the mesh itself comes last, so it never names a file that is not there
+        target = path if name == "" else path.parent / name
+        partial = target.with_name(f".{target.name}.part")
+        partial.write_bytes(data)
+        partial.replace(target)
+    return path
+
+
+# --- one writer a format: (mesh, stem) to {file name: bytes}, "" for the mesh's own file, last -------------------
+
+
+def _glb(mesh: trimesh.Trimesh, stem: str) -> dict[str, bytes]:
+    return {"": mesh.export(file_type="glb", include_normals=True)}
+
+
+def _obj(mesh: trimesh.Trimesh, stem: str) -> dict[str, bytes]:
+    material = getattr(mesh.visual, "material", None)
+    if material is not None:
+        simple = material.to_simple() if hasattr(material, "to_simple") else material
+        simple.name = stem
+        simple.ambient, simple.specular = [0, 0, 0, 255], [0, 0, 0, 255]
+        mesh.visual.material = simple
+    text, extra = trimesh.exchange.obj.export_obj(
+        mesh, include_normals=True, return_texture=True, mtl_name=f"{stem}.mtl", header=None
+    )
+    return {**extra, "": text.encode()}
+
+
+def _ply(mesh: trimesh.Trimesh, stem: str) -> dict[str, bytes]:
+    plain = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
+    opaque = np.ones((len(mesh.vertices), 1))
+    plain.visual.vertex_colors = np.rint(np.concatenate([_vertex_colors(mesh), opaque], 1) * 255).astype(np.uint8)
+    return {"": trimesh.exchange.ply.export_ply(plain, vertex_normal=False)}
+
+
+def _stl(mesh: trimesh.Trimesh, stem: str) -> dict[str, bytes]:
+    return {"": trimesh.exchange.stl.export_stl(mesh)}
+
+
+def _usdz(mesh: trimesh.Trimesh, stem: str) -> dict[str, bytes]:
+    """USDA text and the texture in an uncompressed zip, each file's data aligned to 64 bytes (USDZ specification)."""
+    image = _texture(mesh)
+    files = {"scene.usda": _usda(mesh, image is not None).encode()}  # the first file is the one that is opened
+    if image is not None:
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, format="png")
+        files["texture.png"] = buffer.getvalue()
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as package:
+        for name, data in files.items():
+            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            used = archive.tell() + 30 + len(name) + 4  # local header, name, and the head of the padding field
+            entry.extra = b"\x86\x19" + (pad := -used % 64).to_bytes(2, "little") + bytes(pad)
+            package.writestr(entry, data)
+    return {"": archive.getvalue()}
+
+
+WRITERS = {".glb": _glb, ".obj": _obj, ".ply": _ply, ".stl": _stl, ".usdz": _usdz}
+
+
+# --- parts ------------------------------------------------------------------------------------------------------
+
+
+def _bare(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
+    """Geometry and looks alone: no metadata (it may hold paths), no cached values, normals smooth across the atlas's cuts."""
+    plain = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
+    own = np.array(plain.vertex_normals)
+    _, place = np.unique(np.asarray(mesh.vertices), axis=0, return_inverse=True)
+    weighted = np.zeros((place.max() + 1, 3))
+    by_area = mesh.face_normals * mesh.area_faces[:, None]
+    np.add.at(weighted, place.reshape(-1)[mesh.faces.ravel()], np.repeat(by_area, 3, 0))
+    joined = weighted / np.maximum(np.linalg.norm(weighted, axis=1, keepdims=True), 1e-12)
+    joined = joined[place.reshape(-1)]
+    smooth = (joined * own).sum(1) > CREASE
+    normals = np.where(smooth[:, None], joined, own)
+    return trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=normals, visual=mesh.visual.copy(), process=False)
+
+
+def _texture(mesh: trimesh.Trimesh) -> Image.Image | None:
+    """The base colour image, if the mesh has one."""
+    material = getattr(mesh.visual, "material", None)
+    return getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
+
+
+def _vertex_colors(mesh: trimesh.Trimesh) -> np.ndarray:
+    """sRGB `[V, 3]` in [0, 1]: the surface's colour at each vertex, 0 at vertices that no face uses."""
+    used, corner = np.unique(mesh.faces.ravel(), return_index=True)
+    colors = np.zeros((len(mesh.vertices), 3), np.float32)
+    colors[used] = surface_colors(mesh, corner // 3, np.eye(3)[corner % 3])
+    return colors
+
+
+def _usda(mesh: trimesh.Trimesh, textured: bool) -> str:
+    """A USD stage with one mesh and a UsdPreviewSurface material; without a texture it shows the vertex colours."""
+    if textured:
+        output, shaders = "rgb", USDA_TEXTURE
+        looks = f'texCoord2f[] primvars:st = {_tuples(mesh.visual.uv)} (interpolation = "vertex")'
+    else:
+        output, shaders = "result", USDA_VERTEX_COLORS
+        colors = _tuples(_to_linear(_vertex_colors(mesh)))
+        looks = f'color3f[] primvars:displayColor = {colors} (interpolation = "vertex")'
+    return USDA.format(
+        counts=", ".join(["3"] * len(mesh.faces)),
+        indices=", ".join(map(str, mesh.faces.ravel())),
+        points=_tuples(mesh.vertices),
+        normals=_tuples(mesh.vertex_normals),
+        extent=_tuples(mesh.bounds),
+        looks=looks,
+        output=output,
+        shaders=shaders,
+    )
+
+
+def _to_linear(srgb: np.ndarray) -> np.ndarray:
+    """sRGB to linear light, which is what USD's colours are in."""
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+
+
+def _tuples(values: np.ndarray) -> str:
+    return "[" + ", ".join("(" + ", ".join(f"{x:.6g}" for x in row) + ")" for row in np.asarray(values)) + "]"
+
+
+USDA = """#usda 1.0
+(
+    defaultPrim = "Object"
+    metersPerUnit = 1
+    upAxis = "Y"
+)
+
+def Xform "Object" (kind = "component")
+{{
+    def Mesh "Mesh" (prepend apiSchemas = ["MaterialBindingAPI"])
+    {{
+        float3[] extent = {extent}
+        int[] faceVertexCounts = [{counts}]
+        int[] faceVertexIndices = [{indices}]
+        point3f[] points = {points}
+        normal3f[] normals = {normals} (interpolation = "vertex")
+        {looks}
+        uniform token subdivisionScheme = "none"
+        rel material:binding = </Object/Material>
+    }}
+
+    def Material "Material"
+    {{
+        token outputs:surface.connect = </Object/Material/Surface.outputs:surface>
+
+        def Shader "Surface"
+        {{
+            uniform token info:id = "UsdPreviewSurface"
+            color3f inputs:diffuseColor.connect = </Object/Material/Color.outputs:{output}>
+            float inputs:metallic = 0
+            float inputs:roughness = 1
+            token outputs:surface
+        }}
+{shaders}
+    }}
+}}
+"""
+
+USDA_TEXTURE = """
+        def Shader "Color"
+        {
+            uniform token info:id = "UsdUVTexture"
+            asset inputs:file = @texture.png@
+            token inputs:sourceColorSpace = "sRGB"
+            float2 inputs:st.connect = </Object/Material/Coordinates.outputs:result>
+            float3 outputs:rgb
+        }
+
+        def Shader "Coordinates"
+        {
+            uniform token info:id = "UsdPrimvarReader_float2"
+            string inputs:varname = "st"
+            float2 outputs:result
+        }"""
+
+USDA_VERTEX_COLORS = """
+        def Shader "Color"
+        {
+            uniform token info:id = "UsdPrimvarReader_float3"
+            string inputs:varname = "displayColor"
+            float3 outputs:result
+        }"""

@@ -1,0 +1,241 @@
+"""The multi-view local condition: views and cameras to a pyramid of 3D features, computed once a sample. The UNets consume it.
+
+Axes: B samples, V views, S side of a view, P points, N active voxels, C channels, X Y Z grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..geometry.cameras import CameraRig, project_points
+from ..geometry.volume import cell_centers
+from .sparse import SparseDownConv3d, SparseGrid
+from .unet_sparse import ProjectedPixels
+
+
+@dataclass
+class ViewBatch:
+    """Views of a batch of samples with their cameras.
+
+    Args:
+        images: `[B, V, 4, S, S]` in [-1, 1]: colour composited on mid grey (0), then alpha.
+        world_to_camera: `[B, V, 4, 4]`
+        tan_half_fov: `[B, V]`
+        present: `[B, V]` bool, false for padding.
+        patches: Feature maps of a pre-trained encoder (DINOv2), `[B, V, C, h, w]`, or `None`.
+    """
+
+    images: Tensor
+    world_to_camera: Tensor
+    tan_half_fov: Tensor
+    present: Tensor
+    patches: Tensor | None = None
+
+    @classmethod
+    def make(cls, images: Tensor, rigs: list[CameraRig], patches: Tensor | None = None) -> ViewBatch:
+        """All views present, one rig a sample."""
+        return cls(
+            images,
+            torch.stack([rig.world_to_camera for rig in rigs]).to(images.device),
+            torch.stack([rig.tan_half_fov for rig in rigs]).to(images.device),
+            torch.ones(images.shape[:2], dtype=torch.bool, device=images.device),
+            patches,
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device) -> ViewBatch:
+        return ViewBatch(*(None if value is None else value.to(device) for value in vars(self).values()))
+
+    def sample(self, maps: Tensor, points: Tensor, index: int) -> Tensor:
+        """Read feature maps of sample `index` where its cameras see points: `[V, C, h, w]`, `[P, 3]` to `[V, P, C]`; 0 outside."""
+        uv, depth = project_points(points, self.world_to_camera[index], self.tan_half_fov[index])
+        uv = torch.where(depth[..., None] > 0, uv, 2.0)  # behind a camera is outside its image
+        values = F.grid_sample(maps, uv[:, None].to(maps.dtype), align_corners=False)
+        return values[:, :, 0].mT
+
+
+def views_to_images(views: Tensor) -> Tensor:
+    """Straight-alpha RGBA in [0, 1], `[..., 4, S, S]`, to the encoder's images in [-1, 1] with the background at 0."""
+    alpha = views[..., 3:, :, :]
+    return torch.cat([(views[..., :3, :, :] * 2 - 1) * alpha, alpha * 2 - 1], -3)
+
+
+class ViewStem(nn.Module):
+    """Small convolutional pyramid over a view; details and context meet at half its resolution. `[B, 4, S, S] -> [B, C, S/2, S/2]`."""
+
+    def __init__(self, channels: tuple[int, ...]):
+        super().__init__()
+        widths = (4, *channels)
+        self.down = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(c_in, c_out, 3, stride=2, padding=1),
+                nn.GroupNorm(4, c_out),
+                nn.SiLU(),
+                nn.Conv2d(c_out, c_out, 3, padding=1),
+                nn.SiLU(),
+            )
+            for c_in, c_out in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.up = nn.ModuleList(
+            nn.Conv2d(deep + shallow, shallow, 3, padding=1)
+            for deep, shallow in zip(channels[:0:-1], channels[-2::-1], strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for block in self.down:
+            x = block(x)
+            skips.append(x)
+        skips.pop()
+        for merge in self.up:
+            skip = skips.pop()
+            x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
+            x = F.silu(merge(torch.cat([x, skip], 1)))
+        return x
+
+
+class ConditionEncoder(ModelMixin, ConfigMixin):
+    """Features of every view, projected per voxel, through a shared MLP, pooled over views, then a pyramid for every UNet level.
+
+    The first layer of the MLP is linear, so it is applied in image space, before sampling: the result is the same and a view has fewer
+    pixels than the grid has voxels.
+
+    Args:
+        resolution: Cells along an edge at the finest level.
+        channels: Channels of the pyramid, finest level first.
+        sparse: Whether the levels are the active voxels of a `SparseGrid` or dense grids.
+        image_size: Side the views are resized to, in pixels.
+        stem_channels: Widths of the trained convolutional stem, strides 2, 4, ...; empty for none.
+        patch_channels: Channels of a pre-trained encoder's patch features (768 for DINOv2-B/14); 0 for none.
+        hidden_channels: Width of the shared MLP.
+        pooling: `"max"` over views (the paper), or `"max_mean"` for both side by side.
+
+    Source: One-2-3-45++ section 3.2, "local condition".
+    """
+
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        resolution: int = 64,
+        channels: tuple[int, ...] = (32, 64, 128, 256, 256),
+        sparse: bool = False,
+        image_size: int = 336,
+        stem_channels: tuple[int, ...] = (),
+        patch_channels: int = 768,
+        hidden_channels: int = 64,
+        pooling: str = "max",
+    ):
+        super().__init__()
+        if pooling not in ("max", "max_mean"):
+            raise InputError(f"pooling: got {pooling!r}, expected 'max' or 'max_mean'.")
+        self.stem = ViewStem(tuple(stem_channels)) if stem_channels else None
+        # pixels reach the MLP beside the stem's features, so that silhouettes stay sharp
+        self.from_pixels = nn.Conv2d(4 + (stem_channels[0] if stem_channels else 0), hidden_channels, 1)
+        self.from_patches = nn.Conv2d(patch_channels, hidden_channels, 1, bias=False) if patch_channels else None
+        self.shared = nn.Linear(hidden_channels, hidden_channels)
+        pooled = hidden_channels * (2 if pooling == "max_mean" else 1)
+        self.project = nn.Linear(pooled + 3, channels[0])
+        down = SparseDownConv3d if sparse else _DenseDown
+        self.down = nn.ModuleList(down(a, b) for a, b in zip(channels[:-1], channels[1:], strict=True))
+
+    def forward(self, views: ViewBatch, grid: SparseGrid | None = None) -> list[Tensor]:
+        """
+        Args:
+            views: Views of `B` samples at `image_size`.
+            grid: For a sparse encoder, the active voxels of the finest level.
+
+        Returns:
+            For each level `[B, C_l, X_l, Y_l, Z_l]`, or `[N_l, C_l]` for a sparse encoder.
+        """
+        maps = self.feature_maps(views)
+        if self.config.sparse:
+            points = cell_centers(grid.coords[:, 1:], self.config.resolution)
+            pooled = [self.pool(maps, views, points[grid.sample_index == b], b) for b in range(len(views))]
+            pooled = torch.cat(pooled)  # rows of a batch's grid are sorted by sample
+            levels = [F.relu(self.project(torch.cat([pooled, points.to(pooled.dtype)], -1)))]
+            for down in self.down:
+                levels.append(F.relu(down(levels[-1], grid)))
+                grid = grid.coarser
+            return levels
+        points, inside = self._grid_points(views.images.device)
+        pooled = torch.stack([self.pool(maps, views, points, b) for b in range(len(views))])
+        points = points.to(pooled.dtype).expand(len(views), -1, -1)
+        features = F.relu(self.project(torch.cat([pooled, points], -1)))  # [B, P, C]
+        volume = features.new_zeros(len(views), len(inside), features.shape[-1])
+        volume[:, inside] = features
+        levels = [volume.mT.unflatten(-1, [self.config.resolution] * 3)]  # a view: channels last
+        for down in self.down:
+            levels.append(F.relu(down(levels[-1])))
+        return levels
+
+    def feature_maps(self, views: ViewBatch) -> list[Tensor]:
+        """The MLP's first layer in image space: maps `[B, V, hidden, h, w]`, to be sampled and summed."""
+        images = views.images.to(self.dtype).flatten(0, 1)
+        pixels = images
+        if self.stem is not None:
+            features = self.stem(images)
+            pixels = torch.cat([F.interpolate(images, size=features.shape[-2:], mode="area"), features], 1)
+        maps = [self.from_pixels(pixels)]
+        if self.from_patches is not None:
+            if views.patches is None:
+                raise InputError("patches: this encoder needs patch features. Give the pipeline its patch_encoder.")
+            maps.append(self.from_patches(views.patches.to(self.dtype).flatten(0, 1)))
+        return [m.unflatten(0, views.images.shape[:2]) for m in maps]
+
+    def pool(self, maps: list[Tensor], views: ViewBatch, points: Tensor, index: int) -> Tensor:
+        """Sample, finish the MLP and pool over the views of one sample: `[P, 3] -> [P, pooled]`."""
+        present = views.present[index]
+        hidden = sum(views.sample(m[index], points, index) for m in maps)  # [V, P, hidden]
+        hidden = F.relu(self.shared(F.relu(hidden)))[present]
+        pooled = hidden.amax(0)
+        return torch.cat([pooled, hidden.mean(0)], -1) if self.config.pooling == "max_mean" else pooled
+
+    def _grid_points(self, device) -> tuple[Tensor, Tensor]:
+        """Centres of the cells that the object's sphere reaches, `[P, 3]`, and which of all cells (x, y, z order) they are."""
+        side = self.config.resolution
+        axis = torch.arange(side, device=device)
+        points = cell_centers(torch.cartesian_prod(axis, axis, axis), side)
+        inside = points.norm(dim=-1) < 0.5 + 1 / side
+        return points[inside], inside
+
+
+class _DenseDown(nn.Conv3d):
+    """The dense twin of `SparseDownConv3d`."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 2, stride=2)
+
+
+def project_pixels(views: ViewBatch, grid: SparseGrid, image_weight: Tensor | None = None) -> ProjectedPixels:
+    """The colour every view shows at every active voxel, for the sparse UNet's last layer.
+
+    Args:
+        views: `B` samples of `V` views.
+        grid: `N` voxels of those samples, rows sorted by sample.
+        image_weight: `[B]`, multiplies the validity (0 drops the condition of a sample).
+    """
+    colors, directions, valid = [], [], []
+    for b in range(len(views)):
+        points = cell_centers(grid.coords[grid.sample_index == b, 1:], grid.resolution)
+        seen = views.sample(views.images[b], points, b)  # [V, P, 4]; outside an image all are 0
+        alpha = ((seen[..., 3] + 1) / 2).clamp(0, 1)
+        inside = views.sample(torch.ones_like(views.images[b, :, :1]), points, b)[..., 0]
+        alpha = alpha * inside * views.present[b, :, None]
+        rotation, translation = views.world_to_camera[b, :, :3, :3], views.world_to_camera[b, :, :3, 3]
+        position = -torch.einsum("vij,vi->vj", rotation, translation)
+        direction = F.normalize(position[:, None] - points, dim=-1)
+        colors.append((seen[..., :3] / alpha[..., None].clamp(min=0.1)).clamp(-1, 1).transpose(0, 1))
+        directions.append(direction.transpose(0, 1))
+        valid.append(alpha.mT if image_weight is None else alpha.mT * image_weight[b])
+    return ProjectedPixels(torch.cat(colors), torch.cat(directions), torch.cat(valid))

@@ -1,0 +1,191 @@
+"""Where results go: checking output paths before any work, writing files, telling what failed. Commands live in `commands`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import InputError
+
+
+if TYPE_CHECKING:
+    import trimesh
+    from PIL.Image import Image
+
+    from .geometry.cameras import CameraRig
+    from .geometry.volume import SparseVolume
+
+
+MESH_SUFFIXES = (".glb", ".obj", ".ply", ".stl", ".usdz")
+PREVIEW_SUFFIXES = (".png", ".gif", ".mp4")
+PREVIEW_VIEWS, PREVIEW_SIZE = 8, 160
+
+
+@dataclass
+class Job:
+    """One input and where what is made of it goes."""
+
+    source: Path
+    mesh: Path
+    preview: Path | None
+    intermediates: Path | None
+
+    def write(
+        self,
+        mesh: trimesh.Trimesh,
+        views: list[Image],
+        rig: CameraRig,
+        volume: SparseVolume | None = None,
+        coarse: trimesh.Trimesh | None = None,
+    ) -> None:
+        """Write the mesh and whatever else was asked for."""
+        from .geometry.export import export_mesh
+
+        if self.intermediates is not None:
+            _write_intermediates(self.intermediates, views, rig, volume, coarse)
+        export_mesh(mesh, self.mesh)
+        if self.preview is not None:
+            _write_preview(self.preview, mesh, views, rig)
+
+
+def plan(
+    sources: list[Path], output: Path, preview: Path | None = None, intermediates: Path | None = None
+) -> list[Job]:
+    """Where every output goes; refuses what could not be written, before any work."""
+    many = len(sources) > 1
+    to_file = output.suffix != "" and not output.is_dir()
+    if to_file and output.suffix.lower() not in MESH_SUFFIXES:
+        raise InputError(f"-o {output}: got {output.suffix!r}, expected {', '.join(MESH_SUFFIXES)}, or a folder.")
+    if to_file and many:
+        raise InputError(f"-o {output}: is one file, but there are {len(sources)} inputs. Pass a folder.")
+    if preview is not None:
+        if preview.suffix.lower() not in PREVIEW_SUFFIXES:
+            raise InputError(f"--preview {preview}: got {preview.suffix!r}, expected {', '.join(PREVIEW_SUFFIXES)}.")
+        if preview.suffix.lower() == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+            raise InputError(f"--preview {preview}: MP4 needs pip install 'one2345pp[video]'; .gif does not.")
+        check_file(preview, "--preview")
+    if intermediates is not None:
+        check_folder(intermediates, "--save-intermediates")
+    if to_file:
+        check_file(output, "-o")
+    else:
+        check_folder(output, "-o")
+        output.mkdir(exist_ok=True)
+    return [
+        Job(
+            source,
+            output if to_file else output / f"{stem}.glb",
+            preview.with_name(f"{preview.stem}-{stem}{preview.suffix}") if preview and many else preview,
+            intermediates / stem if intermediates and many else intermediates,
+        )
+        for source, stem in zip(sources, _distinct_stems(sources), strict=True)
+    ]
+
+
+def _distinct_stems(sources: list[Path]) -> list[str]:
+    """File stems; a stem that occurs again is numbered."""
+    stems: list[str] = []
+    for source in sources:
+        base, number = source.stem or source.resolve().stem, 2
+        stem = base
+        while stem in stems:
+            stem, number = f"{base}-{number}", number + 1
+        stems.append(stem)
+    return stems
+
+
+def check_file(path: Path, option: str) -> None:
+    """Refuse a path where no file could be written."""
+    if path.is_dir():
+        raise InputError(f"{option} {path}: is a folder, expected a file name.")
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: the folder {path.parent} does not exist. Create it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{option} {path}: the folder {path.parent} is not writable. Choose another.")
+
+
+def check_folder(path: Path, option: str) -> None:
+    """Refuse a path that is not, and could not become, a folder to write in."""
+    if path.is_dir():
+        if not os.access(path, os.W_OK):
+            raise InputError(f"{option} {path}: is not writable. Choose another folder.")
+        return
+    if path.exists():
+        raise InputError(f"{option} {path}: is a file, expected a folder.")
+    check_file(path, option)
+
+
+def run_all(jobs: list[Job], run: Callable[[Job], None], quiet: bool = False, statuses: list[int] | None = None) -> int:
+    """Run every job and tell what was written. A job that fails does not stop the others.
+
+    Args:
+        jobs: What to do.
+        run: Does one job.
+        quiet: Tell failures only.
+        statuses: Exit statuses of failures so far.
+
+    Returns:
+        The exit status: 1 if one failed inside, else 2 if one could not be used, else 0.
+    """
+    statuses = [] if statuses is None else statuses
+    for job in jobs:
+        start = time.monotonic()
+        if attempt(job, run, statuses) and not quiet:
+            sys.stdout.write(f"{job.mesh}  {time.monotonic() - start:.1f} s\n")
+            sys.stdout.flush()
+    return 1 if 1 in statuses else max(statuses, default=0)
+
+
+def attempt(job: Job, work: Callable[[Job], object], statuses: list[int]) -> bool:
+    """Whether `work(job)` went well; if not, says so and adds the exit status."""
+    try:
+        work(job)
+    except Exception as error:
+        statuses.append(report(error, str(job.source)))
+        return False
+    return True
+
+
+def report(error: Exception, about: str = "") -> int:
+    """Tell the person, in one line if they can mend it, and return the exit status that belongs to it."""
+    about = f"{about}: " if about and about not in str(error) else ""
+    if isinstance(error, InputError):
+        sys.stderr.write(f"one2345pp: error: {about}{' '.join(str(error).split())}\n")
+        return 2
+    traceback.print_exception(error)
+    sys.stderr.write(f"one2345pp: failed: {about}{type(error).__name__}: {error}\n")
+    return 1
+
+
+def _write_intermediates(folder: Path, views, rig, volume, coarse) -> None:
+    """`views/000.png ...`, `cameras.json` naming them, `volume.safetensors` and `coarse.ply`; `reconstruct` reads the folder."""
+    from .geometry.export import export_mesh
+
+    (folder / "views").mkdir(parents=True, exist_ok=True)
+    names = [f"views/{index:03d}.png" for index in range(len(views))]
+    for name, view in zip(names, views, strict=True):
+        view.save(folder / name)
+    rig.save(folder / "cameras.json", names)
+    volume.save(folder / "volume.safetensors")
+    export_mesh(coarse, folder / "coarse.ply")
+
+
+def _write_preview(path: Path, mesh: trimesh.Trimesh, views: list[Image], rig: CameraRig) -> None:
+    """Views above the mesh seen by the same cameras; or the mesh turning."""
+    from .geometry.render import contact_sheet, render, turntable
+
+    if path.suffix.lower() != ".png":
+        turntable(mesh, path)
+        return
+    count = min(len(views), PREVIEW_VIEWS)
+    sheet = contact_sheet([views[:count], list(render(mesh, rig[:count], PREVIEW_SIZE))], size=PREVIEW_SIZE)
+    partial = path.with_name(path.name + ".part")
+    sheet.save(partial, format="PNG")
+    partial.replace(path)

@@ -1,0 +1,321 @@
+"""The chain: one image or prompt to a textured mesh. What each stage does lives in the stage's own pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from ..errors import InputError
+from ..geometry.cameras import CameraRig
+from ..geometry.extract import decimate
+from ..geometry.framing import frame_object
+from ..models.condition_encoder import ConditionEncoder
+from ..models.unet_occupancy import OccupancyUNet3DModel
+from ..models.unet_sparse import SparseUNet3DModel
+from .hub import SelfContainedMixin
+from .pipeline_multiview_tile import MultiViewTilePipeline
+from .pipeline_output import One2345PlusPlusPipelineOutput
+from .pipeline_sparse_volume import SparseVolumeDiffusionPipeline
+from .pipeline_texture_refinement import TextureRefinementPipeline
+from .preprocess import isolate_object, key_background
+
+
+MULTIVIEW_COMPONENTS = (
+    "vae",
+    "text_encoder",
+    "tokenizer",
+    "unet",
+    "scheduler",
+    "vision_encoder",
+    "feature_extractor_clip",
+    "feature_extractor_vae",
+)
+VOLUME_COMPONENTS = (
+    "occupancy_condition",
+    "occupancy_unet",
+    "occupancy_scheduler",
+    "sparse_condition",
+    "sparse_unet",
+    "sparse_scheduler",
+    "vision_encoder",
+    "feature_extractor_clip",
+    "patch_encoder",
+)
+
+
+class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline):
+    r"""Image or prompt to a textured mesh, the whole of One-2-3-45++.
+
+    The components of the stages lie flat beside each other. The stages themselves, `multiview`, `volume` and `texture`, are
+    built from the current components whenever they are asked for, so a scheduler or model that is swapped here is used at once.
+
+    Args:
+        vae, text_encoder, tokenizer, unet, scheduler, vision_encoder, feature_extractor_clip, feature_extractor_vae:
+            Components of [`MultiViewTilePipeline`]. The vision encoder also serves the volume stage.
+        occupancy_condition, occupancy_unet, occupancy_scheduler, sparse_condition, sparse_unet, sparse_scheduler:
+            Components of [`SparseVolumeDiffusionPipeline`].
+        patch_encoder (*optional*): Image features for the volume stage, if its weights were trained with them.
+        multiview_config, volume_config, texture_config (`dict`, *optional*): The scalar arguments of the stages.
+    """
+
+    model_cpu_offload_seq = (
+        "text_encoder->vision_encoder->unet->vae->patch_encoder"
+        "->occupancy_condition->occupancy_unet->sparse_condition->sparse_unet"
+    )
+    _optional_components = ["patch_encoder"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        vision_encoder: CLIPVisionModelWithProjection,
+        feature_extractor_clip: CLIPImageProcessor,
+        feature_extractor_vae: CLIPImageProcessor,
+        occupancy_condition: ConditionEncoder,
+        occupancy_unet: OccupancyUNet3DModel,
+        occupancy_scheduler: KarrasDiffusionSchedulers,
+        sparse_condition: ConditionEncoder,
+        sparse_unet: SparseUNet3DModel,
+        sparse_scheduler: KarrasDiffusionSchedulers,
+        patch_encoder: torch.nn.Module | None = None,
+        multiview_config: dict | None = None,
+        volume_config: dict | None = None,
+        texture_config: dict | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            vision_encoder=vision_encoder,
+            feature_extractor_clip=feature_extractor_clip,
+            feature_extractor_vae=feature_extractor_vae,
+            occupancy_condition=occupancy_condition,
+            occupancy_unet=occupancy_unet,
+            occupancy_scheduler=occupancy_scheduler,
+            sparse_condition=sparse_condition,
+            sparse_unet=sparse_unet,
+            sparse_scheduler=sparse_scheduler,
+            patch_encoder=patch_encoder,
+        )
+        self.register_to_config(
+            multiview_config=dict(multiview_config or {}),
+            volume_config=dict(volume_config or {}),
+            texture_config=dict(texture_config or {}),
+        )
+
+    # --- stages -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_stages(
+        cls,
+        multiview: MultiViewTilePipeline,
+        volume: SparseVolumeDiffusionPipeline,
+        texture: TextureRefinementPipeline | None = None,
+    ) -> One2345PlusPlusPipeline:
+        """A chain that shares the components of its stages. Both image stages use the vision encoder of `multiview`."""
+        texture = TextureRefinementPipeline() if texture is None else texture
+        components = {name: getattr(volume, name) for name in VOLUME_COMPONENTS}
+        components |= {name: getattr(multiview, name) for name in MULTIVIEW_COMPONENTS}
+        return cls(
+            **components,
+            multiview_config=_scalars(multiview),
+            volume_config=_scalars(volume),
+            texture_config=_scalars(texture),
+        )
+
+    @property
+    def multiview(self) -> MultiViewTilePipeline:
+        """Stage 1, image to views, on the current components."""
+        return self._stage(MultiViewTilePipeline, MULTIVIEW_COMPONENTS, self.config.multiview_config)
+
+    @property
+    def volume(self) -> SparseVolumeDiffusionPipeline:
+        """Stage 2, views to volume and mesh, on the current components."""
+        return self._stage(SparseVolumeDiffusionPipeline, VOLUME_COMPONENTS, self.config.volume_config)
+
+    @property
+    def texture(self) -> TextureRefinementPipeline:
+        """Stage 3, mesh and views to textured mesh."""
+        return self._stage(TextureRefinementPipeline, (), self.config.texture_config)
+
+    @property
+    def rig(self) -> CameraRig:
+        """Cameras of the views that stage 1 draws."""
+        return CameraRig.named(self.multiview.config.rig)
+
+    def _stage(self, stage_class: type, names: tuple[str, ...], scalars: dict[str, Any]):
+        stage = stage_class(**{name: getattr(self, name) for name in names}, **scalars)
+        stage.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        return stage
+
+    # --- steps of a call, in order ------------------------------------------------------------------------------
+
+    def check_inputs(self, image, prompt, text_to_image, generator, **counts: int | None) -> int:
+        """Raise `InputError` for anything the call could not use; return the number of objects asked for."""
+        if (image is None) == (prompt is None):
+            raise InputError(
+                f"image, prompt: got {'neither' if image is None else 'both'}, expected exactly one of them."
+            )
+        if prompt is not None and text_to_image is None:
+            raise InputError("prompt: needs text_to_image, a diffusers text-to-image pipeline to draw the first image.")
+        if prompt is not None and not all(isinstance(text, str) and text.strip() for text in _as_list(prompt)):
+            raise InputError(f"prompt: got {prompt!r}, expected text, or a list of texts.")
+        number = len(_as_list(image if prompt is None else prompt))
+        if number == 0:
+            raise InputError("image: got an empty list, expected at least one image.")
+        if isinstance(generator, list) and len(generator) != number:
+            raise InputError(f"generator: got {len(generator)}, expected one, or a list of {number}, one an object.")
+        for name, count in counts.items():
+            least = 4 if name == "max_faces" else 1  # four triangles are the smallest closed mesh
+            if count is not None and count < least:
+                raise InputError(f"{name}: got {count}, expected at least {least}.")
+        return number
+
+    def draw_prompt(self, prompt: str, text_to_image: DiffusionPipeline, generator) -> Image.Image:
+        """The picture that a text-to-image pipeline draws of the prompt."""
+        return text_to_image(prompt, generator=generator).images[0]
+
+    def prepare_image(self, image, background: str = "auto") -> Image.Image:
+        """The object of a picture or file, cut out, centred and square: `RGBA`, 512 pixels."""
+        return frame_object(isolate_object(image, background=background))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Image.Image | str | list[Image.Image | str] | None = None,
+        prompt: str | list[str] | None = None,
+        text_to_image: DiffusionPipeline | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_occupancy_steps: int | None = None,
+        num_sparse_steps: int | None = None,
+        num_texture_steps: int | None = None,
+        texture_size: int | None = None,
+        max_faces: int | None = None,
+        refine: bool = True,
+        background: str = "auto",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+    ) -> One2345PlusPlusPipelineOutput | tuple:
+        r"""Make a textured mesh of the object in each image, or of each prompt.
+
+        Args:
+            image (`PIL.Image.Image`, file, or a list of them, *optional*): One object, from the front or nearly so.
+            prompt (`str` or `list[str]`, *optional*): Text instead of an image; needs `text_to_image`.
+            text_to_image ([`DiffusionPipeline`], *optional*): Any text-to-image pipeline of diffusers.
+            num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*): Of the views.
+            num_occupancy_steps, num_sparse_steps (`int`, *optional*): Of the two volume diffusions.
+            num_texture_steps, texture_size (`int`, *optional*): Of the texture refinement; the size is in pixels.
+            max_faces (`int`, *optional*): Most triangles of a mesh.
+            refine (`bool`, defaults to `True`): Paint a texture from the views; without, the mesh has vertex colours.
+            background (`str`, defaults to `"auto"`): How the object is told from its background, see `isolate_object`.
+            generator (`torch.Generator` or a list, *optional*): Source of every random draw; a list has one an object.
+            return_dict (`bool`, defaults to `True`): Return an output class instead of a tuple.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(stage, step, timestep, tensors)` in every
+                diffusion step of the views and of the volume.
+
+        Returns:
+            [`One2345PlusPlusPipelineOutput`]: `meshes`, `views`, `volumes`, `coarse_meshes`, one an object.
+
+        Raises:
+            InputError: If the arguments or a picture cannot be used.
+        """
+        # 1. Check inputs
+        number = self.check_inputs(
+            image,
+            prompt,
+            text_to_image,
+            generator,
+            num_inference_steps=num_inference_steps,
+            num_occupancy_steps=num_occupancy_steps,
+            num_sparse_steps=num_sparse_steps,
+            num_texture_steps=num_texture_steps,
+            texture_size=texture_size,
+            max_faces=max_faces,
+        )
+        generators = generator if isinstance(generator, list) else [generator] * number
+
+        # 2. Cut the object out and centre it
+        if prompt is not None:
+            drawn = zip(_as_list(prompt), generators, strict=True)
+            image = [self.draw_prompt(text, text_to_image, one) for text, one in drawn]
+        images = [self.prepare_image(one, background) for one in _as_list(image)]
+
+        # 3. Draw six views
+        multiview, rig = self.multiview, self.rig
+        views = [
+            multiview(
+                picture,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=one,
+                callback_on_step_end=callback_on_step_end,
+            ).views[0]
+            for picture, one in zip(images, generators, strict=True)
+        ]
+
+        # 4. Cut the views out of their grey
+        views = [[key_background(view) for view in six] for six in views]
+
+        # 5. Volume and mesh
+        volume = self.volume
+        solids = [
+            volume(
+                six,
+                cameras=rig,
+                image=picture,
+                num_occupancy_steps=num_occupancy_steps,
+                num_sparse_steps=num_sparse_steps,
+                generator=one,
+                callback_on_step_end=callback_on_step_end,
+            )
+            for six, picture, one in zip(views, images, generators, strict=True)
+        ]
+        volumes = [solid.volumes[0] for solid in solids]
+        coarse_meshes = [solid.meshes[0] for solid in solids]
+
+        # 6. Refine the texture
+        if refine:
+            texture = self.texture
+            meshes = [
+                texture(
+                    mesh,
+                    six,
+                    rig,
+                    num_inference_steps=num_texture_steps,
+                    texture_size=texture_size,
+                    max_faces=max_faces,
+                    generator=one,
+                ).meshes[0]
+                for mesh, six, one in zip(coarse_meshes, views, generators, strict=True)
+            ]
+        else:
+            meshes = [mesh if max_faces is None else decimate(mesh, max_faces) for mesh in coarse_meshes]
+
+        # 7. Output
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return meshes, views, volumes, coarse_meshes
+        return One2345PlusPlusPipelineOutput(meshes, views, volumes, coarse_meshes)
+
+
+def _as_list(value) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _scalars(stage: DiffusionPipeline) -> dict[str, Any]:
+    """The arguments of a stage that are not components."""
+    return {name: value for name, value in stage.config.items() if name not in stage.components and name[0] != "_"}

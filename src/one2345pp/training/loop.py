@@ -1,0 +1,222 @@
+"""One accelerate loop for every network: weighted sampling, EMA, exact resume, a time limit. What is learned lives in the objectives."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
+
+from ..errors import InputError
+
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = {
+    "batch_size": 8,
+    "lr": 3e-4,
+    "lr_schedule": "cosine",  # to a tenth, over max_steps or minutes, whichever ends first; or "constant"
+    "warmup_steps": 200,
+    "weight_decay": 1e-2,
+    "grad_clip": 1.0,
+    "max_steps": 100_000,
+    "minutes": None,
+    "ema_decay": 0.999,
+    "mixed_precision": "no",
+    "seed": 0,
+    "num_workers": 0,
+    "checkpoint_minutes": 5.0,
+    "preview_minutes": 15.0,
+}
+
+
+class Objective(Protocol):
+    """What a network learns.
+
+    `modules` holds what is trained. `collate(items, generator)` makes a batch of dataset items, augmentation included.
+    `loss(batch, generator)` returns the scalar to minimise and figures for the log. `preview(modules, path)` draws a PNG, `save(modules, folder)`
+    writes the components; both are called with the averaged weights in `modules`.
+    """
+
+    modules: nn.ModuleDict
+
+    def collate(self, items: list[Any], generator: torch.Generator) -> dict: ...
+
+    def loss(self, batch: dict, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]: ...
+
+    def preview(self, modules: nn.ModuleDict, path: Path) -> None: ...
+
+    def save(self, modules: nn.ModuleDict, output: Path) -> None: ...
+
+
+class _Loss(nn.Module):
+    """The objective as one module, so that accelerate can wrap it for several processes."""
+
+    def __init__(self, objective: Objective):
+        super().__init__()
+        self.trained = objective.modules
+        self.objective = objective
+
+    def forward(self, batch: dict, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        return self.objective.loss(batch, generator)
+
+
+class _StepSampler(Sampler):
+    """Indices of step `n` depend on the seed and `n` alone, so a resumed run draws what the whole run would have drawn."""
+
+    def __init__(self, weights: Tensor, batch_size: int, seed: int, first_step: int):
+        self.weights, self.batch_size, self.seed, self.first_step = weights, batch_size, seed, first_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.first_step
+        while True:
+            generator = step_generator(self.seed, step, stream=1)
+            yield torch.multinomial(self.weights, self.batch_size, replacement=True, generator=generator).tolist()
+            step += 1
+
+
+def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """A CPU generator for one step of one stream of draws."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 7 + stream)
+
+
+def train(
+    objective: Objective,
+    dataset: Dataset,
+    config: dict,
+    output: Path,
+    *,
+    device: str = "auto",
+    minutes: float | None = None,
+) -> None:
+    """Train until `max_steps` or `minutes`, resuming from `output/state.pt` when it is there.
+
+    Args:
+        objective: What to learn.
+        dataset: Items for `objective.collate`; sampled by its `weights` if it has any.
+        config: Keys of `DEFAULTS`.
+        output: Folder for `state.pt`, `log.jsonl`, previews and what `objective.save` writes.
+        device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.
+        minutes: Overrides the config's time limit, which counts over all resumed runs.
+    """
+    unknown = set(config) - set(DEFAULTS)
+    if unknown:
+        raise InputError(f"training config: unknown keys {sorted(unknown)}. Known: {', '.join(DEFAULTS)}.")
+    config = {**DEFAULTS, **config}
+    limit = 60 * (minutes if minutes is not None else config["minutes"] or math.inf)
+    output.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config["mixed_precision"])
+    model = _Loss(objective).to(accelerator.device)
+    parameters = [p for p in objective.modules.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config["lr"], weight_decay=config["weight_decay"], betas=(0.9, 0.99))
+    ema = EMAModel(parameters, decay=config["ema_decay"], use_ema_warmup=True, power=0.75)
+    state = _load_state(output, objective, ema, optimizer)
+    step, elapsed = state["step"], state["elapsed"]
+    model, optimizer = accelerator.prepare(model, optimizer)
+    weights = getattr(dataset, "weights", torch.ones(len(dataset), dtype=torch.float64))
+    seed = config["seed"] + 7919 * accelerator.process_index
+    sampler = _StepSampler(weights, config["batch_size"], seed, step)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=config["num_workers"], collate_fn=list)
+
+    def checkpoint(preview: bool) -> None:
+        if not accelerator.is_main_process:
+            return
+        _save_state(output, objective, ema, optimizer, step, elapsed)
+        ema.store(parameters)
+        ema.copy_to(parameters)
+        objective.modules.eval()
+        with torch.no_grad():
+            objective.save(objective.modules, output)
+            if preview:
+                objective.preview(objective.modules, output / f"preview-{step:07d}.png")
+        objective.modules.train()
+        ema.restore(parameters)
+
+    objective.modules.train()
+    bar = tqdm(total=config["max_steps"], initial=step, disable=not accelerator.is_local_main_process, mininterval=10)
+    saved = previewed = elapsed
+    figures: list[dict[str, float]] = []
+    clock = time.monotonic()
+    batches = iter(loader)
+    while step < config["max_steps"] and elapsed < limit:
+        for group in optimizer.param_groups:
+            group["lr"] = config["lr"] * _rate(config, step, elapsed, limit)
+        generator = step_generator(seed, step)
+        batch = _to_device(objective.collate(next(batches), generator), accelerator.device)
+        with accelerator.autocast():
+            loss, logs = model(batch, generator)
+        accelerator.backward(loss)
+        if config["grad_clip"]:
+            accelerator.clip_grad_norm_(parameters, config["grad_clip"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.step(parameters)
+        step += 1
+        now = time.monotonic()
+        elapsed, clock = elapsed + now - clock, now
+        figures.append({"loss": loss.item(), **logs})
+        bar.update()
+        if step % 50 == 0:
+            mean = {k: sum(f[k] for f in figures) / len(figures) for k in figures[0]}
+            figures.clear()
+            bar.set_postfix(loss=f"{mean['loss']:.4f}")
+            if accelerator.is_main_process:
+                with open(output / "log.jsonl", "a") as log:
+                    log.write(json.dumps({"step": step, "minutes": round(elapsed / 60, 3), **mean}) + "\n")
+        if elapsed - saved > 60 * config["checkpoint_minutes"]:
+            draw = elapsed - previewed > 60 * config["preview_minutes"]
+            checkpoint(preview=draw)
+            saved, previewed = elapsed, elapsed if draw else previewed
+    bar.close()
+    checkpoint(preview=True)
+    logger.info("%s: %d steps, %.1f minutes", output, step, elapsed / 60)
+
+
+def _rate(config: dict, step: int, elapsed: float, limit: float) -> float:
+    """Learning rate as a share of its peak."""
+    warmup = min(1.0, (step + 1) / max(config["warmup_steps"], 1))
+    if config["lr_schedule"] == "constant":
+        return warmup
+    progress = min(1.0, max(step / config["max_steps"], elapsed / limit))
+    return warmup * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, dict):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    return batch.to(device) if hasattr(batch, "to") else batch
+
+
+def _load_state(output: Path, objective: Objective, ema: EMAModel, optimizer) -> dict:
+    path = output / "state.pt"
+    if not path.exists():
+        return {"step": 0, "elapsed": 0.0}
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    objective.modules.load_state_dict(state["modules"])
+    ema.load_state_dict(state["ema"])
+    ema.to(next(objective.modules.parameters()).device)
+    optimizer.load_state_dict(state["optimizer"])
+    return {"step": state["step"], "elapsed": state["elapsed"]}
+
+
+def _save_state(output: Path, objective: Objective, ema: EMAModel, optimizer, step: int, elapsed: float) -> None:
+    state = {
+        "step": step,
+        "elapsed": elapsed,
+        "modules": objective.modules.state_dict(),
+        "ema": ema.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    partial = output / "state.pt.part"
+    torch.save(state, partial)
+    partial.replace(output / "state.pt")

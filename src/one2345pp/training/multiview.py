@@ -1,0 +1,504 @@
+"""Stage 1 from nothing: an autoencoder, a vision encoder by contrast, then the UNet over cached latents, each with a time limit.
+
+The loop lives in `training.loop`, what an image becomes in `pipelines.pipeline_multiview_tile`; full-size weights are not made here.
+"""
+
+# B samples, I input pictures a sample, c latent channels, h w latent grid, L text tokens, D width of the text context
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from ..data.dataset import PreparedDataset
+from ..errors import InputError
+from ..geometry.cameras import NAMED_RIGS
+from ..models.attention_reference import reference_attention
+from ..pipelines.pipeline_multiview_tile import (
+    BACKGROUND,
+    COLUMNS,
+    IMAGE_SCALE,
+    ROWS,
+    MultiViewTilePipeline,
+    scale_latents,
+)
+from .loop import train
+
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = {
+    "view_size": 64,
+    "rig": "zero123plus-v1.2",
+    "default_num_inference_steps": 20,
+    "default_guidance_scale": 2.5,
+    "kl_weight": 5e-5,
+    "edge_weight": 0.5,  # of the L1 error of finite differences, beside that of pixels
+    "temperature": 0.1,  # of the contrast
+    "condition_dropout": 0.1,
+    "min_snr_gamma": None,
+    "recolored_copies": 1,  # of each sample, with colour channels in another order
+    "validation": [],  # names of objects that are only drawn in previews
+    "seed": 0,
+}
+
+
+def run(config: dict, *, data: Path, output: Path, device: str = "auto", minutes: float | None = None) -> None:
+    """Train the whole stage, phase by phase; a phase whose result is in `output` is not repeated, a cut one goes on.
+
+    Args:
+        config: `components` (a config each), `phases` (`vae`, `vision`, `unet`: configs of `training.loop`) and keys of `DEFAULTS`.
+        data: Folder of prepared samples; those that are there when a phase starts are used.
+        output: Gets `vae/`, `vision_encoder/` and `pipeline/`, which `MultiViewTilePipeline.from_pretrained` loads.
+        device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.
+        minutes: Time for the whole run; the phases' own limits are scaled to it.
+    """
+    unknown = set(config) - set(DEFAULTS) - {"components", "phases"}
+    if unknown or "components" not in config or "phases" not in config:
+        raise InputError(f"config: unknown keys {sorted(unknown)}, needs components and phases. Start from multiview-small.json.")
+    config = {**DEFAULTS, **config}
+    phases = config["phases"]
+    limits = {name: phase.get("minutes") for name, phase in phases.items()}
+    if minutes is not None:
+        total = sum(limits.values())
+        limits = {name: minutes * limit / total for name, limit in limits.items()}
+    output = Path(output)
+
+    if not (output / "vae").exists():
+        images = ImageDataset(data, config)
+        objective = AutoencoderObjective(config)
+        train(objective, images, phases["vae"], output / "vae-training", device=device, minutes=limits["vae"])
+        vae = AutoencoderKL.from_pretrained(output / "vae-training" / "vae")  # the averaged weights
+        standardize_latents(vae, images)
+        _save_whole(vae, output / "vae")
+    if not (output / "vision_encoder").exists():
+        images = ImageDataset(data, config)
+        objective = VisionObjective(config)
+        train(objective, images, phases["vision"], output / "vision-training", device=device, minutes=limits["vision"])
+        vision = CLIPVisionModelWithProjection.from_pretrained(output / "vision-training" / "vision_encoder")
+        standardize_embeds(vision, images)
+        _save_whole(vision, output / "vision_encoder")
+
+    components = build_components(config)
+    components["vae"] = AutoencoderKL.from_pretrained(output / "vae")
+    components["vision_encoder"] = CLIPVisionModelWithProjection.from_pretrained(output / "vision_encoder")
+    pipeline = MultiViewTilePipeline(
+        **components,
+        view_size=config["view_size"],
+        rig=config["rig"],
+        default_num_inference_steps=config["default_num_inference_steps"],
+        default_guidance_scale=config["default_guidance_scale"],
+    )
+    latents = LatentDataset(data, config, pipeline, output / "latents")
+    objective = DenoiserObjective(config, pipeline, latents.grey, preview_examples(data, config))
+    train(objective, latents, phases["unet"], output, device=device, minutes=limits["unet"])
+
+
+# --- components ----------------------------------------------------------------------------------------------------
+
+
+def byte_tokenizer(max_length: int) -> CLIPTokenizer:
+    """CLIP's byte-level tokenizer without merges: 256 bytes, 256 bytes that end a word, start and end of text."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(rest))]  # GPT-2's names of bytes
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=max_length)
+
+
+def build_vae(config: dict) -> AutoencoderKL:
+    return AutoencoderKL.from_config(config["components"]["vae"])
+
+
+def build_unet(config: dict) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_config(config["components"]["unet"])
+
+
+def build_vision_encoder(config: dict) -> CLIPVisionModelWithProjection:
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**config["components"]["vision_encoder"]))
+
+
+def build_text_encoder(config: dict) -> CLIPTextModel:
+    return CLIPTextModel(CLIPTextConfig(**config["components"]["text_encoder"]))
+
+
+def build_components(config: dict) -> dict:
+    """Every component of the pipeline with new weights; the text encoder stays as it is drawn here."""
+    size = config["view_size"]
+    vision_size = config["components"]["vision_encoder"]["image_size"]
+    text = config["components"]["text_encoder"]
+    scheduler = dict(config["components"]["scheduler"])
+    extractor = {"resample": Image.Resampling.BICUBIC, "image_mean": [0.5] * 3}
+    return {
+        "vae": seeded(build_vae, config),
+        "unet": seeded(build_unet, config),
+        "text_encoder": seeded(build_text_encoder, config).eval(),
+        "vision_encoder": seeded(build_vision_encoder, config).eval(),
+        "tokenizer": byte_tokenizer(text["max_position_embeddings"]),
+        "scheduler": getattr(diffusers, scheduler.pop("_class_name"))(**scheduler),
+        "feature_extractor_clip": CLIPImageProcessor(
+            size={"shortest_edge": vision_size}, crop_size=vision_size, image_std=[0.5] * 3, **extractor
+        ),
+        "feature_extractor_vae": CLIPImageProcessor(
+            size={"shortest_edge": size}, crop_size=size, image_std=[0.5 / IMAGE_SCALE] * 3, **extractor
+        ),
+    }
+
+
+def seeded(build, config: dict):
+    """`build(config)` with weights that the config's seed decides; the global generator is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(config["seed"])
+        return build(config)
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+def flatten(views: Tensor, size: int) -> Tensor:
+    """RGBA pictures `[..., S, S, 4]` (uint8, straight alpha) on grey, at the size of a view: `[..., 3, size, size]` uint8."""
+    rgb, alpha = views[..., :3].float(), views[..., 3:].float() / 255
+    flat = (rgb * alpha + rgb.new_tensor(BACKGROUND) * (1 - alpha)).movedim(-1, -3)
+    shape = flat.shape[:-3]
+    small = F.interpolate(flat.flatten(0, -4), size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+    return small.round().clamp(0, 255).byte().unflatten(0, shape)
+
+
+def to_tile(views: Tensor) -> Tensor:
+    """Six views `[..., 6, 3, S, S]` as a tile `[..., 3, 3 S, 2 S]`."""
+    cells = views.unflatten(-4, (ROWS, COLUMNS))  # [..., rows, columns, 3, S, S]
+    return cells.movedim(-3, -5).transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
+
+
+def to_pixels(images: Tensor, scale: float = IMAGE_SCALE) -> Tensor:
+    """uint8 images as the networks see them: [-1, 1] times `scale`."""
+    return (images.float() / 127.5 - 1) * scale
+
+
+def rig_slice(config: dict) -> slice:
+    """Where the rig's six views are in a prepared sample."""
+    first = 6 * list(NAMED_RIGS).index(config["rig"])
+    return slice(first, first + 6)
+
+
+class ImageDataset(Dataset):
+    """All pictures of the prepared samples, in memory: `views [12, 3, S, S]` and `inputs [I, 3, S, S]`, uint8 on grey.
+
+    An item also has `object`, a number for all samples of one object.
+    """
+
+    def __init__(self, data: Path, config: dict):
+        held_out = set(config["validation"])
+        prepared = PreparedDataset(data)
+        kept, self.items, names = [], [], {}
+        for index in range(len(prepared)):
+            item = prepared[index]
+            if item["name"] in held_out:
+                continue
+            kept.append(index)
+            self.items.append(
+                {
+                    "views": flatten(item["views"], config["view_size"]),
+                    "inputs": flatten(item["inputs"], config["view_size"]),
+                    "object": torch.tensor(names.setdefault(item["name"], len(names))),
+                }
+            )
+        if not kept:
+            raise InputError(f"{data}: every sample belongs to an object of `validation`. Prepare more objects.")
+        weights = getattr(prepared, "weights", torch.ones(len(prepared), dtype=torch.float64))
+        self.weights = weights[kept]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.items[index]
+
+
+class LatentDataset(Dataset):
+    """What the UNet learns from, encoded once: `tile [c, h, w]`, `references [I, c, h', w']` and `embeds [I, D]`, float16.
+
+    Args:
+        folder: Keeps the arrays between runs; only new samples would need encoding, so all are encoded again when there are more.
+    """
+
+    def __init__(self, data: Path, config: dict, pipeline: MultiViewTilePipeline, folder: Path):
+        size = config["view_size"]
+        with torch.no_grad():
+            grey = pipeline.vae.encode(torch.zeros(1, 3, size, size)).latent_dist.mode()
+        self.grey = grey[0]  # latent of the empty image, the reference of the negative branch
+        files = {name: folder / f"{name}.npy" for name in ("tile", "references", "embeds", "weights")}
+        if not folder.exists():
+            partial = folder.with_name(folder.name + ".part")
+            partial.mkdir(parents=True, exist_ok=True)
+            for name, array in self._encode(ImageDataset(data, config), config, pipeline).items():
+                np.save(partial / f"{name}.npy", array)
+            partial.rename(folder)
+        self.arrays = {name: torch.from_numpy(np.load(file)) for name, file in files.items()}
+        self.weights = self.arrays.pop("weights")
+
+    @staticmethod
+    @torch.no_grad()
+    def _encode(images: ImageDataset, config: dict, pipeline: MultiViewTilePipeline) -> dict[str, np.ndarray]:
+        generator = torch.Generator().manual_seed(config["seed"])
+        arrays: dict[str, list[np.ndarray]] = {"tile": [], "references": [], "embeds": []}
+        for copy in range(1 + config["recolored_copies"]):
+            for item in images.items:
+                # Another order of the channels teaches colours to come from the reference, not from the object's kind.
+                order = torch.randperm(3, generator=generator) if copy else torch.arange(3)
+                tile = to_tile(item["views"][rig_slice(config)][:, order])
+                inputs = item["inputs"][:, order]
+                vision_size = pipeline.vision_encoder.config.image_size
+                pixels = F.interpolate(inputs.float(), (vision_size, vision_size), mode="bicubic", antialias=True)
+                arrays["tile"].append(pipeline.vae.encode(to_pixels(tile[None])).latent_dist.mode()[0].half().numpy())
+                reference = pipeline.vae.encode(to_pixels(inputs)).latent_dist.sample(generator)
+                arrays["references"].append(reference.half().numpy())
+                arrays["embeds"].append(pipeline.vision_encoder(to_pixels(pixels, 1.0)).image_embeds.half().numpy())
+        weights = images.weights.repeat(1 + config["recolored_copies"]).numpy()
+        return {**{name: np.stack(values) for name, values in arrays.items()}, "weights": weights}
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: array[index] for name, array in self.arrays.items()}
+
+
+def preview_examples(data: Path, config: dict, count: int = 6) -> list[tuple[Image.Image, Image.Image]]:
+    """Input pictures and true tiles, of the objects held out if there are any."""
+    dataset = PreparedDataset(data)
+    names = [dataset[i]["name"] for i in range(len(dataset))]
+    held_out = [i for i, name in enumerate(names) if name in config["validation"]]
+    pool = held_out or list(range(len(dataset)))
+    examples = []
+    for index in np.linspace(0, len(pool) - 1, min(count, len(pool))).astype(int):
+        item = dataset[pool[index]]
+        picture = flatten(item["inputs"][0], config["view_size"])
+        tile = to_tile(flatten(item["views"][rig_slice(config)], config["view_size"]))
+        examples.append((to_pil(picture), to_pil(tile)))
+    return examples
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """`[3, H, W]` uint8"""
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+# --- phase 1: autoencoder ------------------------------------------------------------------------------------------
+
+
+class AutoencoderObjective:
+    """Pixels, their edges and a little KL, on single views and on whole tiles, as the pipeline uses both."""
+
+    def __init__(self, config: dict):
+        self.config = config
+        self.vae = seeded(build_vae, config)
+        self.modules = nn.ModuleDict({"vae": self.vae})
+        self._example: Tensor | None = None
+
+    def collate(self, items: list[dict], generator: torch.Generator) -> dict[str, Tensor]:
+        views = torch.stack([item["views"] for item in items])
+        if torch.rand((), generator=generator) < 0.5:
+            first = 6 * int(torch.randint(2, (), generator=generator))
+            images = to_tile(views[:, first : first + 6])
+        else:
+            pool = torch.cat([views, torch.stack([item["inputs"] for item in items])], 1)
+            images = pool[:, torch.randperm(pool.shape[1], generator=generator)[: ROWS * COLUMNS]].flatten(0, 1)
+        self._example = images[:6]
+        return {"images": to_pixels(images)}
+
+    def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        images = batch["images"]
+        posterior = self.vae.encode(images).latent_dist
+        decoded = self.vae.decode(posterior.sample(generator)).sample
+        pixel = (decoded - images).abs().mean()
+        edge = sum((decoded.diff(dim=axis) - images.diff(dim=axis)).abs().mean() for axis in (-1, -2))
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = pixel + self.config["edge_weight"] * edge + self.config["kl_weight"] * kl
+        mse = ((decoded - images).detach() / (2 * IMAGE_SCALE)).square().mean()
+        return loss, {"pixel": pixel.item(), "kl": kl.item(), "psnr": -10 * mse.log10().item()}
+
+    def preview(self, modules: nn.ModuleDict, path: Path) -> None:
+        """Images above what the autoencoder makes of them."""
+        if self._example is None:
+            return
+        vae = modules["vae"]
+        images = to_pixels(self._example).to(vae.device)
+        decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample
+        both = torch.cat([images, decoded], -2).cpu() / IMAGE_SCALE
+        to_pil(((torch.cat(list(both), -1) + 1) * 127.5).round().clamp(0, 255).byte()).save(path)
+
+    def save(self, modules: nn.ModuleDict, output: Path) -> None:
+        modules["vae"].save_pretrained(output / "vae")
+
+
+@torch.no_grad()
+def standardize_latents(vae: AutoencoderKL, images: ImageDataset, count: int = 64) -> None:
+    """Fold the mean and spread of each latent channel into the 1x1 convolutions beside the latents, in place.
+
+    Afterwards a latent times `scaling_factor` has mean 0 and deviation 1, and the bare latent of the reference is 1 / 0.18215 times
+    as large, as in Zero123++. What the autoencoder computes stays the same but for rounding.
+    """
+    chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
+    latents = torch.cat([vae.encode(to_pixels(images[i]["views"][:6])).latent_dist.mode() for i in chosen])
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3)).clamp(min=1e-4)
+    gain = 1 / (std * vae.config.scaling_factor)
+    quant, post, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
+    # Before: z = mean. After: z' = (z - mean) * gain; the second half of quant_conv gives log variances.
+    quant.weight[:channels] *= gain[:, None, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - mean) * gain
+    quant.bias[channels:] += 2 * gain.log()
+    post.bias += torch.einsum("ocij,c->o", post.weight, mean)
+    post.weight /= gain[None, :, None, None]
+
+
+# --- phase 2: vision encoder ---------------------------------------------------------------------------------------
+
+
+class VisionObjective:
+    """Tell objects apart: an input picture and a view of one object are close, against those of other objects (InfoNCE)."""
+
+    def __init__(self, config: dict):
+        self.config = config
+        self.vision = seeded(build_vision_encoder, config)
+        self.modules = nn.ModuleDict({"vision": self.vision})
+
+    def collate(self, items: list[dict], generator: torch.Generator) -> dict[str, Tensor]:
+        pairs = []
+        for key in ("inputs", "views"):
+            pool = torch.stack([item[key] for item in items])
+            pick = torch.randint(pool.shape[1], (len(items),), generator=generator)
+            pairs.append(pool[torch.arange(len(items)), pick])
+        order = torch.randperm(3, generator=generator)  # one order a batch, so that colours still tell objects apart
+        return {"pairs": to_pixels(torch.cat(pairs)[:, order], 1.0), "object": torch.stack([item["object"] for item in items])}
+
+    def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        size = self.vision.config.image_size
+        pixels = F.interpolate(batch["pairs"], (size, size), mode="bicubic", antialias=True)
+        first, second = F.normalize(self.vision(pixels).image_embeds, dim=-1).chunk(2)  # [B, D]
+        logits = first @ second.T / self.config["temperature"]
+        same = batch["object"][:, None] == batch["object"]
+        same.fill_diagonal_(False)
+        logits = logits.masked_fill(same, -torch.inf)  # other samples of the same object are no counterexamples
+        target = torch.arange(len(logits), device=logits.device)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return loss, {"accuracy": (logits.argmax(1) == target).float().mean().item()}
+
+    def preview(self, modules: nn.ModuleDict, path: Path) -> None:
+        """Nothing to draw."""
+
+    def save(self, modules: nn.ModuleDict, output: Path) -> None:
+        modules["vision"].save_pretrained(output / "vision_encoder")
+
+
+@torch.no_grad()
+def standardize_embeds(vision: CLIPVisionModelWithProjection, images: ImageDataset, count: int = 64) -> None:
+    """Scale the projection so that the numbers of an embedding have deviation 1, as those of the text context do."""
+    chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
+    size = vision.config.image_size
+    pixels = torch.cat([to_pixels(images[i]["inputs"], 1.0) for i in chosen])
+    embeds = vision(F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)).image_embeds
+    vision.visual_projection.weight /= embeds.square().mean().sqrt().clamp(min=1e-6)
+
+
+# --- phase 3: UNet -------------------------------------------------------------------------------------------------
+
+
+class DenoiserObjective:
+    """v-prediction of the tile with reference attention, on latents that were encoded before.
+
+    Source: Zero123++ section 2 (linear betas, scaled reference attention), condition dropout as in InstantMesh's recipe.
+    """
+
+    def __init__(self, config: dict, pipeline: MultiViewTilePipeline, grey: Tensor, examples: list):
+        self.config, self.pipeline, self.grey, self.examples = config, pipeline, grey, examples
+        self.modules = nn.ModuleDict({"unet": pipeline.unet})
+        self.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        with torch.no_grad():
+            self.text = pipeline.encode_prompt([""])  # [1, L, D]
+        self.ramp = pipeline.ramp(self.text.shape[1])
+
+    def collate(self, items: list[dict], generator: torch.Generator) -> dict[str, Tensor]:
+        pick = torch.randint(len(items[0]["embeds"]), (len(items),), generator=generator)
+        reference = torch.stack([item["references"][i] for item, i in zip(items, pick, strict=True)]).float()
+        embeds = torch.stack([item["embeds"][i] for item, i in zip(items, pick, strict=True)]).float()
+        dropped = torch.rand(len(items), generator=generator) < self.config["condition_dropout"]
+        reference[dropped] = self.grey
+        context = self.text + self.ramp * (embeds * ~dropped[:, None])[:, None]
+        tile = torch.stack([item["tile"] for item in items]).float()
+        return {
+            "latents": scale_latents(tile * self.pipeline.vae.config.scaling_factor),
+            "reference": reference,
+            "context": context,
+            "timesteps": torch.randint(self.noise_scheduler.config.num_train_timesteps, (len(items),), generator=generator),
+            "noise": torch.randn(tile.shape, generator=generator),
+            "reference_noise": torch.randn(reference.shape, generator=generator),
+        }
+
+    def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        scheduler, timesteps, context = self.noise_scheduler, batch["timesteps"], batch["context"]
+        noised = scheduler.add_noise(batch["latents"], batch["noise"], timesteps)
+        reference = scheduler.add_noise(batch["reference"], batch["reference_noise"], timesteps)
+        with reference_attention(self.pipeline.unet) as passes:
+            passes.write(reference, timesteps, context)
+            prediction = passes.read(noised, timesteps, context)
+        target = scheduler.get_velocity(batch["latents"], batch["noise"], timesteps)
+        error = (prediction - target).square().mean((1, 2, 3))
+        if self.config["min_snr_gamma"] is None:
+            return error.mean(), {}
+        snr = compute_snr(scheduler, timesteps)
+        return (error * snr.clamp(max=self.config["min_snr_gamma"]) / (snr + 1)).mean(), {"v_mse": error.mean().item()}
+
+    def preview(self, modules: nn.ModuleDict, path: Path) -> None:
+        """A row an example: the input, the tile that the pipeline draws, the true tile."""
+        inputs, truths = zip(*self.examples, strict=True)
+        device = modules["unet"].device
+        pipeline = MultiViewTilePipeline(**{**self.pipeline.components, "unet": modules["unet"]}, **self._scalars())
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(device)
+        tiles = pipeline(list(inputs), generator=torch.Generator().manual_seed(0)).images
+        width, height = tiles[0].size
+        sheet = Image.new("RGB", (2 * width * len(tiles), height + inputs[0].height), BACKGROUND)
+        errors = []
+        for index, (picture, tile, truth) in enumerate(zip(inputs, tiles, truths, strict=True)):
+            sheet.paste(picture, (2 * width * index, 0))
+            sheet.paste(tile, (2 * width * index, picture.height))
+            sheet.paste(truth, (2 * width * index + width, picture.height))
+            errors.append(((np.asarray(tile, np.float32) - np.asarray(truth, np.float32)) / 255) ** 2)
+        logger.info("%s: PSNR %.2f dB", path, np.mean([-10 * np.log10(error.mean()) for error in errors]))
+        sheet.save(path)
+
+    def save(self, modules: nn.ModuleDict, output: Path) -> None:
+        """The whole pipeline, in `output/pipeline`."""
+        components = {**self.pipeline.components, "unet": modules["unet"]}
+        MultiViewTilePipeline(**components, **self._scalars()).save_pretrained(output / "pipeline")
+
+    def _scalars(self) -> dict:
+        return {key: self.config[key] for key in ("view_size", "rig", "default_num_inference_steps", "default_guidance_scale")}
+
+
+def _save_whole(model, folder: Path) -> None:
+    """Write a component so that its folder exists only when it is whole."""
+    partial = folder.with_name(folder.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    partial.rename(folder)

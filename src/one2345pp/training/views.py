@@ -1,0 +1,118 @@
+"""What the volume networks are conditioned on while they learn: true views made as imperfect as generated ones. Losses live elsewhere."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..data.prepare import RIGS
+from ..geometry.cameras import CameraRig
+from ..models.condition_encoder import ViewBatch, views_to_images
+from ..pipelines.preprocess import key_background
+
+
+DEFAULTS = {
+    "image_size": 96,
+    "mirror": 0.5,  # probability
+    "recolor": 0.2,  # probability of permuting the colour channels
+    "rekey": 0.4,  # probability that the masks come from keying a grey background, as for a generated tile
+    "blur": 0.3,  # probability of views of a lower resolution
+    "drop_view": 0.1,  # probability of each of one or two missing views
+    "perturb": 0.5,  # probability of perturbed projections (One-2-3-45++ section 3.2)
+    "perturb_rotation": 0.7,  # degrees, standard deviation
+    "perturb_translation": 0.008,  # world units
+    "perturb_focal": 0.01,  # share
+}
+
+
+class SampleBatch:
+    """Items of a `PreparedDataset` as tensors in one random world: mirrored or not, recoloured or not.
+
+    Attributes:
+        views: `ViewBatch` of `B` samples.
+        sdf: `[B, X, Y, Z]`, in units of the truncation distance, -1 to 1.
+        colors: `[B, 3, X, Y, Z]` in [-1, 1], 0 outside the band.
+        inputs: One input picture a sample, `[B, 4, S, S]` in [0, 1], straight alpha.
+    """
+
+    def __init__(self, items: list[dict], config: dict, generator: torch.Generator):
+        def chance(key: str) -> bool:
+            return torch.rand((), generator=generator).item() < config[key]
+
+        images, matrices, tangents, sdfs, colors, inputs, present = [], [], [], [], [], [], []
+        for item in items:
+            which = int(torch.randint(len(RIGS), (), generator=generator))
+            rig = CameraRig.named(RIGS[which])
+            views = item["views"][6 * which : 6 * which + 6]
+            views = views.movedim(-1, 1).float() / 255
+            picture = item["inputs"][int(torch.randint(len(item["inputs"]), (), generator=generator))]
+            picture = picture.movedim(-1, 0).float() / 255
+            sdf = item["sdf"].float() / 127
+            color = torch.zeros(3, *sdf.shape)
+            color[:, *item["coords"].T] = item["colors"].T.float() / 127.5 - 1
+            matrix, tangent = rig.world_to_camera, rig.tan_half_fov
+            if chance("mirror"):
+                views, picture, sdf, color = views.flip(-1), picture.flip(-1), sdf.flip(0), color.flip(1)
+                flip = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
+                matrix = flip @ matrix @ flip
+            if chance("recolor"):
+                order = torch.randperm(3, generator=generator)
+                color, picture = color[order], torch.cat([picture[order], picture[3:]])
+                views = torch.cat([views[:, order], views[:, 3:]], 1)
+            if chance("rekey"):
+                views = _rekey(views)
+            if chance("blur"):
+                small = int(torch.randint(32, 72, (), generator=generator))
+                views = F.interpolate(views, size=small, mode="area")
+            if chance("perturb"):
+                matrix, tangent = perturb_cameras(matrix, tangent, config, generator)
+            keep = torch.rand(6, generator=generator) >= config["drop_view"] / 6
+            images.append(_resize(views_to_images(views), config["image_size"]))
+            matrices.append(matrix)
+            tangents.append(tangent)
+            sdfs.append(sdf)
+            colors.append(color)
+            inputs.append(picture)
+            present.append(keep)
+        self.views = ViewBatch(
+            torch.stack(images), torch.stack(matrices), torch.stack(tangents), torch.stack(present), None
+        )
+        self.sdf, self.colors, self.inputs = torch.stack(sdfs), torch.stack(colors), torch.stack(inputs)
+
+
+def perturb_cameras(
+    matrix: Tensor,  # [V, 4, 4]
+    tangent: Tensor,  # [V]
+    config: dict,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Turn, shift and zoom every camera a little, each on its own, as if the views did not quite agree."""
+    count = len(matrix)
+    angles = torch.randn(count, 3, generator=generator) * math.radians(config["perturb_rotation"])
+    x, y, z = angles.unbind(-1)
+    o = torch.zeros_like(x)
+    skew = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).view(count, 3, 3)
+    out = matrix.clone()
+    out[:, :3] = torch.linalg.matrix_exp(skew) @ matrix[:, :3]
+    out[:, :3, 3] += torch.randn(count, 3, generator=generator) * config["perturb_translation"]
+    return out, tangent * (1 + torch.randn(count, generator=generator) * config["perturb_focal"])
+
+
+def _rekey(views: Tensor) -> Tensor:
+    """Lose the masks on grey and key them again, `[V, 4, S, S]` in [0, 1]."""
+    alpha = views[:, 3:]
+    rgb = views[:, :3] * alpha + (1 - alpha) * (127 / 255)
+    pictures = (rgb * 255).round().byte().movedim(1, -1).numpy()
+    keyed = [np.asarray(key_background(Image.fromarray(picture))) for picture in pictures]
+    return torch.from_numpy(np.stack(keyed)).movedim(-1, 1).float() / 255
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=True)

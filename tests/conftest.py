@@ -1,0 +1,89 @@
+"""Fixtures that several test files use: tiny pipelines with random weights, example objects, a way to run the package anew."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def fresh_python(tmp_path_factory):
+    """Run Python code in a new process: `fresh_python(code, *args)` returns its stdout and fails on a non-zero exit."""
+    modules = tmp_path_factory.mktemp("hf_modules")
+
+    def run(code: str, *args) -> str:
+        path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"PYTHONPATH": path, "HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", code, *map(str, args)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=modules, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def multiview_components() -> dict:
+    """Components of a stage 1 pipeline, real classes, as small as they get; views of 16 pixels."""
+    import transformers
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    width, tokens = 8, 4
+    vocabulary = {token: index for index, token in enumerate(["<|startoftext|>", "<|endoftext|>", "a", "a</w>"])}
+    clip = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = transformers.CLIPTextConfig(
+        vocab_size=4, max_position_embeddings=tokens, bos_token_id=0, eos_token_id=1, pad_token_id=1, **clip
+    )
+    vision = transformers.CLIPVisionConfig(image_size=16, patch_size=8, projection_dim=width, **clip)
+    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=tokens)
+
+    def extractor(size: int, **kwargs):
+        sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+        return transformers.CLIPImageProcessor(**sizes, **kwargs)
+
+    return {
+        "vae": AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
+        ),
+        "text_encoder": transformers.CLIPTextModel(text).eval(),
+        "tokenizer": tokenizer,
+        "unet": UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 8),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=width,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        ),
+        "scheduler": DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1),
+        "vision_encoder": transformers.CLIPVisionModelWithProjection(vision).eval(),
+        "feature_extractor_clip": extractor(16),
+        "feature_extractor_vae": extractor(16, image_mean=[0.5] * 3, image_std=[0.8] * 3),
+    }
+
+
+@pytest.fixture
+def tiny_multiview():
+    """Stage 1 with random weights."""
+    from one2345pp import MultiViewTilePipeline
+
+    pipe = MultiViewTilePipeline(
+        **multiview_components(), ramping_coefficients=[0.1, 0.2, 0.3, 0.4], view_size=16, default_num_inference_steps=2
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

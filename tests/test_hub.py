@@ -1,0 +1,167 @@
+"""Saved folders: any diffusers program loads them, our classes load them without running their code, nothing private leaks."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+from PIL import Image
+
+from one2345pp import InputError, MultiViewTilePipeline
+from one2345pp.pipelines import hub
+
+
+PICTURE = Image.new("RGBA", (16, 16), (200, 60, 40, 255))
+
+# What another program does: it knows diffusers and the folder, not this package. Prints class names and a pixel sum.
+PROGRAM = """
+import json, sys, torch, diffusers
+from diffusers import DiffusionPipeline
+from PIL import Image
+folder, kwargs = sys.argv[1], json.loads(sys.argv[2])
+scheduler = kwargs.pop("scheduler", None)
+if scheduler:
+    kwargs["scheduler"] = getattr(diffusers, scheduler).from_pretrained(folder, subfolder="scheduler")
+if "dtype" in kwargs:
+    kwargs["dtype"] = getattr(torch, kwargs["dtype"])
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **kwargs)
+pipe.set_progress_bar_config(disable=True)
+if len(sys.argv) > 3:
+    pipe.save_pretrained(sys.argv[3])
+out = pipe(Image.new("RGBA", (16, 16), (200, 60, 40, 255)), generator=torch.Generator().manual_seed(0), output_type="np")
+print(json.dumps([type(pipe).__name__, type(pipe).__module__, type(pipe.scheduler).__name__, str(pipe.unet.dtype), float(out.images.sum())]))
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved stage 1 and the pixel sum it draws."""
+    from conftest import multiview_components
+
+    folder = tmp_path_factory.mktemp("saved")
+    pipe = MultiViewTilePipeline(**multiview_components(), view_size=16, default_num_inference_steps=2)
+    pipe.save_pretrained(folder)
+    return folder, _draw(pipe)
+
+
+def _draw(pipe) -> float:
+    pipe.set_progress_bar_config(disable=True)
+    return float(pipe(PICTURE, generator=torch.Generator().manual_seed(0), output_type="np").images.sum())
+
+
+def _index(folder) -> dict:
+    return json.loads((folder / "model_index.json").read_text())
+
+
+def test_model_index_is_what_other_machines_can_read(saved):
+    """The class is named with its file, processors by the name that every transformers has, and no local path is told."""
+    folder, _ = saved
+    MultiViewTilePipeline.from_pretrained(folder).save_pretrained(folder / "again")
+    for index in (_index(folder), _index(folder / "again")):
+        assert index["_class_name"] == ["pipeline", "MultiViewTilePipeline"]
+        assert index["feature_extractor_clip"] == ["transformers", "CLIPImageProcessor"]
+        assert "_name_or_path" not in index
+        assert str(folder) not in json.dumps(index)
+    shutil.rmtree(folder / "again")
+
+
+def test_diffusers_program_loads_the_folder(saved, fresh_python):
+    """A program that never imported the package gets the installed class and the same picture; float32 without asking."""
+    folder, expected = saved
+    name, module, _, dtype, total = json.loads(fresh_python(PROGRAM, folder, "{}"))
+    assert (name, module, dtype) == ("MultiViewTilePipeline", MultiViewTilePipeline.__module__, "torch.float32")
+    assert total == pytest.approx(expected, rel=1e-5)
+
+
+def test_diffusers_program_saves_again_with_another_scheduler(saved, fresh_python, tmp_path):
+    """Override at load, save from there, load that: still our class, the new scheduler, still loadable by anyone."""
+    folder, _ = saved
+    program = json.dumps({"scheduler": "EulerDiscreteScheduler", "custom_pipeline": "pipeline"})
+    first = json.loads(fresh_python(PROGRAM, folder, program, tmp_path))
+    second = json.loads(fresh_python(PROGRAM, tmp_path, "{}"))
+    assert first[2] == second[2] == "EulerDiscreteScheduler"
+    assert first[4] == pytest.approx(second[4], rel=1e-5)
+    assert _index(tmp_path)["_class_name"] == ["pipeline", "MultiViewTilePipeline"]
+
+
+def test_half_precision_variant(saved, fresh_python, tmp_path):
+    """`variant="fp16"` is written and read beside the shims, by our class and by any program."""
+    pipe = MultiViewTilePipeline.from_pretrained(saved[0], dtype=torch.float16)
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    ours = MultiViewTilePipeline.from_pretrained(tmp_path, variant="fp16")
+    assert {ours.unet.dtype, ours.vae.dtype, ours.text_encoder.dtype} == {torch.float32}
+    theirs = json.loads(fresh_python(PROGRAM, tmp_path, '{"variant": "fp16", "dtype": "float32"}'))
+    assert theirs[3] == "torch.float32"
+
+
+def test_half_precision_weights_load_as_float32(saved, tmp_path):
+    """Weights on disk may be half; without `dtype` every model of ours is float32, with it what was asked for."""
+    MultiViewTilePipeline.from_pretrained(saved[0], dtype=torch.float16).save_pretrained(tmp_path)
+    for kwargs, dtype in ({}, torch.float32), ({"dtype": torch.bfloat16}, torch.bfloat16):
+        pipe = MultiViewTilePipeline.from_pretrained(tmp_path, **kwargs)
+        assert {model.dtype for model in pipe.components.values() if isinstance(model, torch.nn.Module)} == {dtype}
+
+
+def test_own_class_runs_no_code_of_the_folder(saved, tmp_path):
+    """A folder whose `pipeline.py` was tampered with still loads through our class, which never reads that file."""
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "pipeline.py").write_text("raise SystemExit('this ran')")
+    assert _draw(MultiViewTilePipeline.from_pretrained(tmp_path)) == pytest.approx(saved[1], rel=1e-5)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_override_and_swap_in_own_class(saved):
+    """A scheduler passed to `from_pretrained` and one set afterwards are the same thing."""
+    folder, _ = saved
+    scheduler = EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    passed = MultiViewTilePipeline.from_pretrained(str(folder), scheduler=scheduler)
+    swapped = MultiViewTilePipeline.from_pretrained(folder)
+    swapped.scheduler = EulerDiscreteScheduler.from_config(swapped.scheduler.config)
+    assert _draw(passed) == pytest.approx(_draw(swapped), rel=1e-5)
+
+
+def test_wrong_class_is_refused(saved):
+    """A stage's folder is not the chain's."""
+    with pytest.raises(InputError, match="holds a MultiViewTilePipeline"):
+        hub_class("One2345PlusPlusPipeline").from_pretrained(saved[0])
+
+
+def hub_class(name: str):
+    """A class of that name with the mixin; enough for what reads the index."""
+    return type(name, (hub.SelfContainedMixin, DiffusionPipeline), {})
+
+
+class Uploads:
+    """Stands in for the Hub: remembers the card of every folder that would go up."""
+
+    def __init__(self, monkeypatch):
+        self.cards = []
+        monkeypatch.setattr(hub, "create_repo", lambda repo_id, **kwargs: type("Repo", (), {"repo_id": repo_id}))
+        monkeypatch.setattr(MultiViewTilePipeline, "_upload_folder", self._upload, raising=False)
+        monkeypatch.setattr(hub, "load_or_create_model_card", self._generic)
+
+    def _upload(self, folder, repo_id, **kwargs):
+        from pathlib import Path
+
+        assert (Path(folder) / "pipeline.py").is_file()
+        self.cards.append((repo_id, (Path(folder) / "README.md").read_text()))
+
+    def _generic(self, repo_id, **kwargs):
+        from huggingface_hub import ModelCard
+
+        return ModelCard("---\nlibrary_name: diffusers\n---\ngeneric")
+
+
+def test_model_card_survives_the_hub(saved, tmp_path, monkeypatch):
+    """diffusers writes a generic card over whatever is there; ours goes up as it is, and a generic one only when we have none."""
+    uploads = Uploads(monkeypatch)
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "README.md").write_text("our card")
+    pipe = MultiViewTilePipeline.from_pretrained(tmp_path)
+    pipe.push_to_hub("me/mine")
+    pipe.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/other")
+    MultiViewTilePipeline.from_pretrained(saved[0]).push_to_hub("me/third")
+    assert uploads.cards[:2] == [("me/mine", "our card"), ("me/other", "our card")]
+    assert "generic" in uploads.cards[2][1]

@@ -14,23 +14,25 @@ from one2345pp.pipelines import hub
 
 PICTURE = Image.new("RGBA", (16, 16), (200, 60, 40, 255))
 
-# What another program does: it knows diffusers and the folder, not this package. Prints class names and a pixel sum.
+# What another program does: it knows diffusers and folders, not this package. For every task (folder, arguments, where to save again)
+# it prints the classes, the dtype and the sum of the pixels that the pipeline draws.
 PROGRAM = """
 import json, sys, torch, diffusers
 from diffusers import DiffusionPipeline
 from PIL import Image
-folder, kwargs = sys.argv[1], json.loads(sys.argv[2])
-scheduler = kwargs.pop("scheduler", None)
-if scheduler:
-    kwargs["scheduler"] = getattr(diffusers, scheduler).from_pretrained(folder, subfolder="scheduler")
-if "dtype" in kwargs:
-    kwargs["dtype"] = getattr(torch, kwargs["dtype"])
-pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **kwargs)
-pipe.set_progress_bar_config(disable=True)
-if len(sys.argv) > 3:
-    pipe.save_pretrained(sys.argv[3])
-out = pipe(Image.new("RGBA", (16, 16), (200, 60, 40, 255)), generator=torch.Generator().manual_seed(0), output_type="np")
-print(json.dumps([type(pipe).__name__, type(pipe).__module__, type(pipe.scheduler).__name__, str(pipe.unet.dtype), float(out.images.sum())]))
+results = []
+for folder, kwargs, save_to in json.loads(sys.argv[1]):
+    if "scheduler" in kwargs:
+        kwargs["scheduler"] = getattr(diffusers, kwargs["scheduler"]).from_pretrained(folder, subfolder="scheduler")
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    if save_to:
+        pipe.save_pretrained(save_to)
+    picture = Image.new("RGBA", (16, 16), (200, 60, 40, 255))
+    images = pipe(picture, generator=torch.Generator().manual_seed(0), output_type="np").images
+    classes = [type(pipe).__name__, type(pipe).__module__, type(pipe.scheduler).__name__]
+    results.append([*classes, str(pipe.unet.dtype), float(images.sum())])
+print(json.dumps(results))
 """
 
 
@@ -66,40 +68,39 @@ def test_model_index_is_what_other_machines_can_read(saved):
     shutil.rmtree(folder / "again")
 
 
-def test_diffusers_program_loads_the_folder(saved, fresh_python):
-    """A program that never imported the package gets the installed class and the same picture; float32 without asking."""
-    folder, expected = saved
-    name, module, _, dtype, total = json.loads(fresh_python(PROGRAM, folder, "{}"))
-    assert (name, module, dtype) == ("MultiViewTilePipeline", MultiViewTilePipeline.__module__, "torch.float32")
-    assert total == pytest.approx(expected, rel=1e-5)
+def test_diffusers_programs_load_and_save(saved, fresh_python, tmp_path):
+    """Programs that never imported the package get the installed class and the same picture: as the folder stands, with another
+    scheduler, saved again from there, by `custom_pipeline`, and as a half precision variant."""
+    folder, expected = str(saved[0]), saved[1]
+    again, half = str(tmp_path / "again"), str(tmp_path / "half")
+    MultiViewTilePipeline.from_pretrained(folder, dtype=torch.float16).save_pretrained(half, variant="fp16")
+    tasks = [[folder, {"scheduler": "EulerDiscreteScheduler"}, again], [folder, {}, None]]
+    swapped, plain = json.loads(fresh_python(PROGRAM, json.dumps(tasks)))
+    tasks = [[again, {}, None], [folder, {"custom_pipeline": "pipeline"}, None], [half, {"variant": "fp16"}, None]]
+    reloaded, named, variant = json.loads(fresh_python(PROGRAM, json.dumps(tasks)))
 
-
-def test_diffusers_program_saves_again_with_another_scheduler(saved, fresh_python, tmp_path):
-    """Override at load, save from there, load that: still our class, the new scheduler, still loadable by anyone."""
-    folder, _ = saved
-    program = json.dumps({"scheduler": "EulerDiscreteScheduler", "custom_pipeline": "pipeline"})
-    first = json.loads(fresh_python(PROGRAM, folder, program, tmp_path))
-    second = json.loads(fresh_python(PROGRAM, tmp_path, "{}"))
-    assert first[2] == second[2] == "EulerDiscreteScheduler"
-    assert first[4] == pytest.approx(second[4], rel=1e-5)
-    assert _index(tmp_path)["_class_name"] == ["pipeline", "MultiViewTilePipeline"]
-
-
-def test_half_precision_variant(saved, fresh_python, tmp_path):
-    """`variant="fp16"` is written and read beside the shims, by our class and by any program."""
-    pipe = MultiViewTilePipeline.from_pretrained(saved[0], dtype=torch.float16)
-    pipe.save_pretrained(tmp_path, variant="fp16")
-    ours = MultiViewTilePipeline.from_pretrained(tmp_path, variant="fp16")
-    assert {ours.unet.dtype, ours.vae.dtype, ours.text_encoder.dtype} == {torch.float32}
-    theirs = json.loads(fresh_python(PROGRAM, tmp_path, '{"variant": "fp16", "dtype": "float32"}'))
-    assert theirs[3] == "torch.float32"
+    for result in (swapped, plain, reloaded, named, variant):
+        assert result[:2] == ["MultiViewTilePipeline", MultiViewTilePipeline.__module__]
+        assert result[3] == "torch.float32"
+    assert plain[4] == pytest.approx(expected, rel=1e-5)
+    assert named[4] == pytest.approx(expected, rel=1e-5)
+    assert variant[4] == pytest.approx(expected, rel=1e-2)
+    assert swapped[2] == reloaded[2] == "EulerDiscreteScheduler"
+    assert swapped[4] == pytest.approx(reloaded[4], rel=1e-5)
 
 
 def test_half_precision_weights_load_as_float32(saved, tmp_path):
     """Weights on disk may be half; without `dtype` every model of ours is float32, with it what was asked for."""
-    MultiViewTilePipeline.from_pretrained(saved[0], dtype=torch.float16).save_pretrained(tmp_path)
-    for kwargs, dtype in ({}, torch.float32), ({"dtype": torch.bfloat16}, torch.bfloat16):
-        pipe = MultiViewTilePipeline.from_pretrained(tmp_path, **kwargs)
+    half = MultiViewTilePipeline.from_pretrained(saved[0], dtype=torch.float16)
+    half.save_pretrained(tmp_path / "plain")
+    half.save_pretrained(tmp_path / "variant", variant="fp16")
+    cases = [
+        ("plain", {}, torch.float32),
+        ("variant", {"variant": "fp16"}, torch.float32),
+        ("plain", {"dtype": torch.bfloat16}, torch.bfloat16),
+    ]
+    for folder, kwargs, dtype in cases:
+        pipe = MultiViewTilePipeline.from_pretrained(tmp_path / folder, **kwargs)
         assert {model.dtype for model in pipe.components.values() if isinstance(model, torch.nn.Module)} == {dtype}
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from . import __version__
 from .checkpoints import default_checkpoint
 from .errors import InputError
-from .outputs import MESH_SUFFIXES, Job, attempt, check_folder, plan, report, run_all
+from .outputs import MESH_SUFFIXES, Job, attempt, check_file, check_folder, plan, report, run_all
 
 
 if TYPE_CHECKING:
@@ -171,7 +171,9 @@ def train(args: argparse.Namespace) -> int:
         )
     check_folder(paths["output"], "-o")
     if args.seed is not None:
-        config["seed"] = args.seed
+        multiview = [config, *config.get("phases", {}).values()]
+        for section in multiview if args.stage == "multiview" else [config.setdefault("training", {})]:
+            section["seed"] = args.seed
     minutes = config.pop("minutes", None) if args.minutes is None else args.minutes
     stage = importlib.import_module(f".training.{args.stage}", __package__)
     stage.run(config, **paths, device=_device(args.device), minutes=minutes)
@@ -183,9 +185,15 @@ def evaluate(args: argparse.Namespace) -> int:
     for folder in (args.pred, args.gt):
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder of meshes.")
+    if args.output.suffix.lower() == ".json":
+        check_file(args.output, "-o")
+    else:
+        check_folder(args.output, "-o")
     from .evaluation.report import evaluate as compare
 
-    compare(args.pred, args.gt, args.output)
+    result = compare(args.pred, args.gt, args.output, **({} if args.seed is None else {"seed": args.seed}))
+    if not args.quiet:
+        sys.stdout.write(result["text"].rstrip() + "\n")
     return 0
 
 
@@ -300,9 +308,17 @@ def _hush(args: argparse.Namespace) -> None:
 
 
 def _refined(texture, mesh, views, rig, args: argparse.Namespace, generator, **kwargs) -> trimesh.Trimesh:
-    steps, size, faces = args.texture_steps, args.texture_size, args.faces
+    """The mesh with a texture painted from the views, as the options say."""
     return texture(
-        mesh, views, rig, num_inference_steps=steps, texture_size=size, max_faces=faces, generator=generator, **kwargs
+        mesh,
+        views,
+        rig,
+        num_inference_steps=args.texture_steps,
+        texture_size=args.texture_size,
+        max_faces=args.faces,
+        generator=generator,
+        device=_device(args.device),
+        **kwargs,
     ).meshes[0]
 
 

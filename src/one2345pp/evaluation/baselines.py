@@ -42,15 +42,19 @@ def visual_hull(
     rig = CameraRig.of(rig)
     masks = torch.as_tensor(masks).float()
     if masks.ndim != 3 or len(masks) != len(rig):
-        raise InputError(f"masks: got shape {tuple(masks.shape)}, expected [{len(rig)}, H, W], one for each camera of the rig.")
+        raise InputError(
+            f"masks: got shape {tuple(masks.shape)}, expected [{len(rig)}, H, W], one for each camera of the rig."
+        )
     centers = cell_centers(torch.cartesian_prod(*[torch.arange(resolution)] * 3), resolution)
     field = torch.ones(len(centers))
     for view in range(len(rig)):  # one at a time: all views of a fine grid would not fit in memory
         uv, depth = project(centers, rig[view])
-        inside = _sample(masks[view][None], uv[0])[0]
+        inside = _sample(masks[view][None], uv[0], padding="border")[0]
         unseen = (uv[0].abs() > 1).any(-1) | (depth[0] <= 0)
         field = torch.minimum(field, torch.where(unseen, 1.0, inside))
-    mesh = _mesh_of(field.reshape([resolution] * 3).numpy(), "masks: leave nothing of the cube. Check that they fit the rig.")
+    mesh = _mesh_of(
+        field.reshape([resolution] * 3).numpy(), "masks: leave nothing of the cube. Check that they fit the rig."
+    )
     if images is not None:
         mesh.visual.vertex_colors = _colors_from_views(mesh, torch.as_tensor(images).float(), masks, rig)
     return mesh
@@ -94,20 +98,23 @@ def extruded_silhouette(
     z = cell_centers(torch.arange(resolution), resolution)
     half_depth = width / max(height, width) / 2
     depth = ((half_depth - z.abs()) * resolution + 0.5).clamp(0, 1)  # a ramp one cell wide, 0.5 on the face
-    mesh = _mesh_of(torch.minimum(front, depth).numpy(), "image: its silhouette is too thin for the resolution. Raise it.")
+    mesh = _mesh_of(
+        torch.minimum(front, depth).numpy(), "image: its silhouette is too thin for the resolution. Raise it."
+    )
     if picture.ndim == 3:
-        xy = torch.from_numpy(np.asarray(mesh.vertices[:, :2])).float()
-        premultiplied = _sample(torch.cat([picture[..., :3] * mask[..., None], mask[..., None]], -1).permute(2, 0, 1), to_uv(xy))
-        mesh.visual.vertex_colors = _rgba8((premultiplied[:3] / premultiplied[3:].clamp(min=1e-6)).T)
+        premultiplied = torch.cat([picture[..., :3] * mask[..., None], mask[..., None]], -1).permute(2, 0, 1)
+        color = _sample(premultiplied, to_uv(torch.from_numpy(np.asarray(mesh.vertices[:, :2])).float()))
+        mesh.visual.vertex_colors = _rgba8((color[:3] / color[3:].clamp(min=1e-6)).T)
     return normalize_to_sphere(mesh)
 
 
 def _sample(
     images: Tensor,  # [C, H, W]
     uv: Tensor,  # [P, 2]
+    padding: str = "zeros",
 ) -> Tensor:
-    """Bilinear values `[C, P]`; 0 beyond the border."""
-    return F.grid_sample(images[None], uv[None, None], align_corners=False)[0, :, 0]
+    """Bilinear values `[C, P]`."""
+    return F.grid_sample(images[None], uv[None, None], padding_mode=padding, align_corners=False)[0, :, 0]
 
 
 def _mesh_of(field: np.ndarray, empty: str) -> trimesh.Trimesh:

@@ -82,7 +82,8 @@ class SurfacePoints:
         queries: np.ndarray,  # [Q, 3]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Distance to and index of the nearest point, `[Q]` each."""
-        order = np.lexsort(np.floor(queries * 32).T)  # neighbours in a row find the tree's nodes in the cache: 2.5 times faster
+        # neighbours asked for in a row find the tree's nodes in the cache: 2.5 times faster
+        order = np.lexsort(np.floor(queries * 32).T)
         distances, indices = np.empty(len(queries)), np.empty(len(queries), np.int64)
         distances[order], indices[order] = self._tree.query(queries[order])
         return distances, indices

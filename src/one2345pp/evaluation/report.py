@@ -111,8 +111,9 @@ def evaluate(
             callback_on_object_end(done, len(jobs), name)
     if not measured:
         raise InputError(f"{pred}: none of its {len(names)} pairs can be measured. {names[0]}: {failed[names[0]]}")
+    units = "distances are in longest bounding box sides of the truth, for both meshes"
     report = {
-        "settings": asdict(chosen) | {"units": "distances are in longest bounding box sides of the truth, for both meshes"},
+        "settings": asdict(chosen) | {"units": units},
         "definitions": DEFINITIONS | {f"alignment {name}": ALIGNMENTS[name] for name in chosen.alignments},
         "counts": {"truths": len(truths), "predictions": len(preds), "pairs": len(names), "measured": len(measured)},
         "missing_predictions": sorted(truths.keys() - preds.keys()),
@@ -163,14 +164,14 @@ def markdown(report: dict) -> str:
     columns = list(next(iter(report["objects"].values()))[settings["alignments"][0]])
     lines += ["## Summary", "", *_table(["alignment", "", *columns], rows), ""]
     if report["groups"]:
-        rows = [[a, g, v["objects"], *(v[c] for c in columns)] for a, by in report["groups"].items() for g, v in by.items()]
+        rows = [[a, tier, *means.values()] for a, by in report["groups"].items() for tier, means in by.items()]
         lines += ["## Means by tier", "", *_table(["alignment", "tier", "objects", *columns], rows), ""]
     for alignment in settings["alignments"]:
         rows = [[name, *values[alignment].values()] for name, values in report["objects"].items()]
         lines += [f"## Objects, alignment {alignment}", "", *_table(["name", *columns], rows), ""]
-    for title, key in (("Without a prediction", "missing_predictions"), ("Predictions without a truth", "missing_truths")):
+    for key in ("missing_predictions", "missing_truths"):
         if report[key]:
-            lines += [f"## {title}", "", *(f"- {name}" for name in report[key]), ""]
+            lines += [f"## {key.replace('_', ' ').capitalize()}", "", *(f"- {name}" for name in report[key]), ""]
     if report["failed"]:
         lines += ["## Not measured", "", *(f"- {name}: {why}" for name, why in report["failed"].items()), ""]
     lines += ["## Settings", "", *(f"- {key}: {value}" for key, value in settings.items()), ""]

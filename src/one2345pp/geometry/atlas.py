@@ -1,4 +1,4 @@
-"""Texture atlases: UVs for a mesh, which surface point each texel shows, seams. What colour a texel gets is decided elsewhere.
+"""Texture atlases: UVs for a mesh, the surface point each texel shows, seams. Who colours the texels lives elsewhere.
 
 UVs have their origin at the lower left, images at the upper left. Axes: V vertices, F faces, P texels, H W image.
 """
@@ -18,7 +18,7 @@ from ..errors import InputError
 
 
 CHART_FACES = 500  # xatlas takes time quadratic in the faces of a chart, so charts are kept to about this many
-CHUNK = 2_000_000  # candidate texels looked at at once
+CHUNK = 1_000_000  # texels tested against faces at once
 
 
 @dataclass
@@ -73,36 +73,24 @@ def unwrap(mesh: trimesh.Trimesh, texture_size: int = 1024, padding: int = 2) ->
     return Atlas(np.asarray(mesh.vertices)[vertex_map], faces.astype(np.int64), uvs.astype(np.float64), vertex_map)
 
 
-def texel_samples(
-    atlas: Atlas, texture_size: int, reach: float = 0.75
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def texel_samples(atlas: Atlas, texture_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The surface point that each texel of the atlas shows.
 
-    Args:
-        atlas: UVs.
-        texture_size: Side of the texture.
-        reach: Texels whose centre lies outside every chart by less than this many texels show the nearest point of a face.
+    Texels whose centre a face covers show the point under the centre; the ring of texels around them, which bilinear
+    lookups near a chart's border also read, show the nearest point of the chart.
 
     Returns:
-        Face ids `[P]`, barycentrics `[P, 3]` float32 (none negative) and flat texel indices `row * texture_size + column` `[P]`,
-        ascending.
+        Face ids `[P]`, barycentrics `[P, 3]` float32 (none negative) and flat texel indices `row * texture_size +
+        column` `[P]`, ascending.
     """
     corners = atlas.uvs[atlas.faces]  # [F, 3, 2], to pixels with rows downwards, texel centres at integers
     corners = np.stack([corners[..., 0], 1 - corners[..., 1]], -1) * texture_size - 0.5
-    low = np.ceil(corners.min(1) - reach).astype(np.int64).clip(0, texture_size - 1)
-    high = np.floor(corners.max(1) + reach).astype(np.int64).clip(0, texture_size - 1)
-    extent = np.maximum(high - low + 1, 0)  # [F, 2] columns, rows
-    ends = np.cumsum(extent.prod(1))
-    pieces, start = [], 0
-    while start < len(ends):
-        done = ends[start - 1] if start else 0
-        stop = max(int(np.searchsorted(ends, done + CHUNK, side="right")), start + 1)
-        pieces.append(_candidates(corners, low, extent, np.arange(start, stop), texture_size, reach))
-        start = stop
-    face_ids, barycentrics, texels, distance = (np.concatenate(column) for column in zip(*pieces, strict=True))
-    order = np.lexsort((face_ids, distance, texels))  # the nearest face has each texel
-    first = order[np.flatnonzero(np.diff(texels[order], prepend=-1))]
-    return face_ids[first], barycentrics[first].astype(np.float32), texels[first]
+    owner = _covering_faces(corners, texture_size)
+    distance, where = ndimage.distance_transform_edt(owner < 0, return_indices=True)
+    rows, columns = np.nonzero(distance < 2)
+    face_ids = owner[tuple(where[:, rows, columns])]
+    barycentrics = _closest(corners[face_ids], np.stack([columns, rows], -1).astype(np.float64))
+    return face_ids, barycentrics.astype(np.float32), rows * texture_size + columns
 
 
 def pad_texture(texture: np.ndarray, mask: np.ndarray, iterations: int | None = None) -> np.ndarray:
@@ -118,42 +106,56 @@ def pad_texture(texture: np.ndarray, mask: np.ndarray, iterations: int | None = 
     return padded if iterations is None else np.where((distance <= iterations)[..., None], padded, texture)
 
 
-def _candidates(
+def _covering_faces(
     corners: np.ndarray,  # [F, 3, 2] pixels
-    low: np.ndarray,  # [F, 2]
-    extent: np.ndarray,  # [F, 2]
-    faces: np.ndarray,  # [f] some of the faces
     texture_size: int,
-    reach: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Face, barycentrics, texel and distance in texels, for every texel within `reach` of each face."""
-    counts = extent[faces].prod(1)
-    face_ids = np.repeat(faces, counts)
-    offset = np.arange(len(face_ids)) - np.repeat(np.cumsum(counts) - counts, counts)
-    columns = np.maximum(extent[face_ids, 0], 1)
-    pixels = low[face_ids] + np.stack([offset % columns, offset // columns], -1)
-    barycentrics, distance = _closest(corners[face_ids], pixels.astype(np.float64))
-    keep = distance <= reach
-    texels = pixels[:, 1] * texture_size + pixels[:, 0]
-    return face_ids[keep], barycentrics[keep], texels[keep], distance[keep]
+) -> np.ndarray:
+    """The face that covers each texel's centre or lies within it, `[H, W]` int64, -1 where there is none."""
+    origin, edges = corners[:, 0], corners[:, 1:] - corners[:, :1]  # pixel = origin + (b1, b2) @ edges
+    determinant = edges[:, 0, 0] * edges[:, 1, 1] - edges[:, 0, 1] * edges[:, 1, 0]
+    scale = 1 / np.where(determinant == 0, np.inf, determinant)
+    to_b1 = np.stack([edges[:, 1, 1], -edges[:, 1, 0]], -1) * scale[:, None]
+    to_b2 = np.stack([-edges[:, 0, 1], edges[:, 0, 0]], -1) * scale[:, None]
+    low = np.ceil(corners.min(1)).astype(np.int64).clip(0, texture_size - 1)
+    extent = np.maximum(np.floor(corners.max(1)).astype(np.int64).clip(0, texture_size - 1) - low + 1, 0)
+    extent[determinant == 0] = 0
+    owner = np.full(texture_size**2, -1, np.int64)
+    counts = extent.prod(1)
+    for faces in np.split(np.arange(len(corners)), np.flatnonzero(np.diff(np.cumsum(counts) // CHUNK)) + 1):
+        face = np.repeat(faces, counts[faces])
+        offset = np.arange(len(face)) - np.repeat(np.cumsum(counts[faces]) - counts[faces], counts[faces])
+        row, column = np.divmod(offset, extent[face, 0])
+        x, y = low[face, 0] + column, low[face, 1] + row
+        dx, dy = x - origin[face, 0], y - origin[face, 1]
+        b1 = to_b1[face, 0] * dx + to_b1[face, 1] * dy
+        b2 = to_b2[face, 0] * dx + to_b2[face, 1] * dy
+        inside = (b1 >= -1e-9) & (b2 >= -1e-9) & (b1 + b2 <= 1 + 1e-9)
+        owner[(y * texture_size + x)[inside]] = face[inside]
+    slivers = np.setdiff1d(np.arange(len(corners)), owner)  # faces between the centres get what free texels they pass
+    spots = np.concatenate([corners, (corners + np.roll(corners, 1, axis=1)) / 2], 1)[slivers]
+    columns, rows = np.rint(spots).astype(np.int64).clip(0, texture_size - 1).reshape(-1, 2).T
+    texels, slivers = rows * texture_size + columns, np.repeat(slivers, 6)
+    free = owner[texels] < 0
+    owner[texels[free]] = slivers[free]
+    return owner.reshape(texture_size, texture_size)
 
 
 def _closest(
     triangles: np.ndarray,  # [P, 3, 2]
     points: np.ndarray,  # [P, 2]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Barycentrics `[P, 3]` of the point of each triangle closest to each point, and its distance `[P]`, 0 inside."""
+) -> np.ndarray:
+    """Barycentrics `[P, 3]` of the point of each triangle closest to each point."""
     edges = np.roll(triangles, -1, axis=1) - triangles  # [P, 3, 2] from corner i to i + 1
     offsets = points[:, None] - triangles
     areas = edges[..., 0] * offsets[..., 1] - edges[..., 1] * offsets[..., 0]  # twice that of the point with each edge
     total = areas.sum(1, keepdims=True)
-    inside = (areas * np.sign(total) >= 0).all(1) & (np.abs(total[:, 0]) > 1e-12)
-    barycentrics = np.roll(areas, -1, axis=1) / np.where(inside[:, None], total, 1)  # corner i is across from edge i + 1
-    along = (edges * offsets).sum(-1) / np.maximum((edges**2).sum(-1), 1e-12)
-    along = along.clip(0, 1)
-    gap = np.linalg.norm(offsets - along[..., None] * edges, axis=-1)  # [P, 3]
-    nearest, rows = gap.argmin(1), np.arange(len(points))
-    on_edge = np.zeros((len(points), 3))
-    on_edge[rows, nearest] = 1 - along[rows, nearest]
-    on_edge[rows, (nearest + 1) % 3] = along[rows, nearest]
-    return np.where(inside[:, None], barycentrics, on_edge), np.where(inside, 0, gap[rows, nearest])
+    barycentrics = np.roll(areas, -1, axis=1) / np.where(total == 0, 1, total)  # corner i is across from edge i + 1
+    out = np.flatnonzero((barycentrics < 0).any(1))
+    edges, offsets = edges[out], offsets[out]
+    along = ((edges * offsets).sum(-1) / np.maximum((edges**2).sum(-1), 1e-12)).clip(0, 1)
+    nearest = np.linalg.norm(offsets - along[..., None] * edges, axis=-1).argmin(1)
+    weight = along[np.arange(len(out)), nearest]
+    barycentrics[out] = 0
+    barycentrics[out, nearest] = 1 - weight
+    barycentrics[out, (nearest + 1) % 3] = weight
+    return barycentrics

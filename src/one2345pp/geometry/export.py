@@ -1,6 +1,6 @@
 """Meshes to files: GLB, OBJ, PLY, STL, USDZ, in the world's own frame (+Y up, +Z front). Reading lives in `mesh`.
 
-The same mesh gives the same bytes: nothing that is written depends on time, on the file's folder or on what was computed before.
+The same mesh gives the same bytes: nothing written depends on time, on the folder or on what was computed before.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ CREASE = np.cos(np.radians(40.0))  # normals of a cut are joined where the surfa
 def export_mesh(mesh: trimesh.Trimesh, path: str | Path) -> Path:
     """Write a mesh; an interrupted write leaves no half file under the final name.
 
-    GLB and USDZ hold the texture; OBJ has an `.mtl` and a `.png` of the same name beside it; PLY has vertex colours, read off the
-    texture where there is one; STL has neither.
+    GLB and USDZ hold the texture; OBJ has an `.mtl` and a `.png` of the same name beside it; PLY has vertex colours,
+    read off the texture where there is one; STL has neither.
 
     Returns:
         The path written.
@@ -61,8 +61,10 @@ def _obj(mesh: trimesh.Trimesh, stem: str) -> dict[str, bytes]:
     material = getattr(mesh.visual, "material", None)
     if material is not None:
         simple = material.to_simple() if hasattr(material, "to_simple") else material
-        simple.name = stem
-        simple.ambient, simple.specular = [0, 0, 0, 255], [0, 0, 0, 255]
+        black, white = np.array([[0, 0, 0, 255], [255, 255, 255, 255]], np.uint8)
+        simple.name, simple.ambient, simple.specular = stem, black, black
+        if simple.image is not None:
+            simple.diffuse = white  # viewers multiply it with the texture
         mesh.visual.material = simple
     text, extra = trimesh.exchange.obj.export_obj(
         mesh, include_normals=True, return_texture=True, mtl_name=f"{stem}.mtl", header=None
@@ -106,7 +108,7 @@ WRITERS = {".glb": _glb, ".obj": _obj, ".ply": _ply, ".stl": _stl, ".usdz": _usd
 
 
 def _bare(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
-    """Geometry and looks alone: no metadata (it may hold paths), no cached values, normals smooth across the atlas's cuts."""
+    """Geometry and looks alone: no metadata (it may hold paths), no cached values, normals smooth across cuts."""
     plain = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
     own = np.array(plain.vertex_normals)
     _, place = np.unique(np.asarray(mesh.vertices), axis=0, return_inverse=True)

@@ -63,8 +63,8 @@ def solid_sdf(volume: SparseVolume) -> tuple[np.ndarray, np.ndarray]:
     Insides that leak out through holes in the band are found by thickening the band. Enclosed outsides are then filled.
 
     Returns:
-        `[X, Y, Z]` float64, never within a thousandth of the truncation of zero, and for each grid cell the index of the
-        nearest active cell among the volume's cells, `[X, Y, Z]`.
+        `[X, Y, Z]` float64, never within a thousandth of the truncation of zero, and for each grid cell which of the
+        volume's cells is nearest, `[X, Y, Z]`.
     """
     index = np.full([volume.resolution] * 3, -1, np.int64)
     index[tuple(volume.coords.cpu().numpy().T)] = np.arange(len(volume))

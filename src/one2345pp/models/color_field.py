@@ -1,4 +1,4 @@
-"""The colour field of texture refinement: a TensoRF of appearance only. How it is fitted and baked lives in the pipeline.
+"""The colour field of texture refinement, a TensoRF of appearance only. Fitting and baking live in the pipeline.
 
 The geometry is a given mesh, so there is no density branch. Axes: P points, C components, R grid cells along an edge.
 """
@@ -27,7 +27,8 @@ class ColorField(ModelMixin, ConfigMixin):
         hidden: Width of the MLP's two hidden layers (TensoRF: 128).
         frequencies: Octaves of the encodings of features and direction (TensoRF: 2).
 
-    Source: TensoRF (Chen et al., 2022), vector-matrix decomposition with the `MLP_Fea` shading; One-2-3-45++ section 3.3.
+    Source: TensoRF (Chen et al., 2022), vector-matrix decomposition with the `MLP_Fea` shading; One-2-3-45++
+    section 3.3.
     """
 
     @register_to_config

@@ -33,9 +33,10 @@ class ConditionedTimeEmbedding(nn.Module):
         self.time = TimestepEmbedding(2 * num_frequencies, 2 * channels, out_dim=channels)
         self.condition = None
         if global_channels:
-            self.condition = nn.Sequential(nn.Linear(global_channels, channels), nn.SiLU(), nn.Linear(channels, channels))
-            nn.init.zeros_(self.condition[-1].weight)
-            nn.init.zeros_(self.condition[-1].bias)
+            last = nn.Linear(channels, channels)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.condition = nn.Sequential(nn.Linear(global_channels, channels), nn.SiLU(), last)
 
     def forward(self, timestep: Tensor, global_vector: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """

@@ -54,7 +54,7 @@ class SparseUNet3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         out_channels: Channels of the prediction; the last three are the colour.
         block_out_channels: Width of each level, finest first; each level halves the resolution.
         layers_per_block: Residual blocks of each level on the way down, and on the way up.
-        condition_channels: Channels of the condition pyramid at each level, concatenated with the features of that level; empty for none.
+        condition_channels: Channels of the condition pyramid at each level, concatenated with that level's features; empty for none.
         global_channels: Channels of the global vector; 0 for none.
         pixel_channels: Width of the head that blends projected pixel colours into the last layer; 0 for none.
         norm_num_groups: Largest number of groups in a norm; each group has at least two channels.
@@ -86,7 +86,7 @@ class SparseUNet3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         conditions = list(condition_channels) or [0] * len(widths)
         if len(conditions) != len(widths):
             raise InputError(
-                f"condition_channels: got {len(conditions)} levels, expected {len(widths)} as in block_out_channels, or none."
+                f"condition_channels: got {len(conditions)} levels, expected {len(widths)}, as in block_out_channels."
             )
 
         def blocks(in_width: int, out_width: int) -> nn.ModuleList:
@@ -122,9 +122,9 @@ class SparseUNet3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             timestep: Diffusers timesteps in [0, 1000), `[B]` or one for all.
             grid: The voxels of `sample`; made once and passed to every step, it keeps its maps. A plain tensor `[N, 4]` of
                 `(sample, x, y, z)` works too, at the price of building them each time.
-            condition: One tensor `[N_l, C_l]` a level, rows as in `grid.levels(...)`.
-            global_vector: `[B, global_channels]`.
-            pixels: Projected pixels, needed when the model has `pixel_channels`.
+            condition: One tensor `[N_l, C_l]` a level, rows as in `grid.levels(...)`; `None` for no condition (zeros).
+            global_vector: `[B, global_channels]`, or `None`.
+            pixels: Projected pixels; `None` for none (a voxel that no view sees).
             return_dict: Return a `SparseUNet3DOutput` instead of a tuple.
 
         Returns:
@@ -132,10 +132,13 @@ class SparseUNet3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         timestep = torch.as_tensor(timestep, device=sample.device)
         if isinstance(grid, Tensor):
-            grid = SparseGrid(grid, self.config.sample_size, len(timestep) if timestep.ndim and len(timestep) > 1 else None)
+            grid = SparseGrid(grid, self.config.sample_size, timestep.numel() if timestep.numel() > 1 else None)
         timestep = timestep.expand(grid.batch_size)
         levels = grid.levels(len(self.config.block_out_channels))
         self._check_inputs(sample, levels, condition, pixels)
+        if condition is None:
+            channels = self.config.condition_channels
+            condition = [sample.new_zeros(len(level), c) for level, c in zip(levels, channels, strict=False)]
 
         # 1. Down
         hidden = self.conv_in(sample, grid)
@@ -143,7 +146,7 @@ class SparseUNet3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for index, (blocks, level) in enumerate(zip(self.down_blocks, levels, strict=True)):
             if index:
                 hidden = self.downsamplers[index - 1](hidden, levels[index - 1])
-            if condition is not None:
+            if condition:
                 hidden = torch.cat([hidden, condition[index].to(hidden.dtype)], 1)
             hidden = self._run(blocks, hidden, timestep, global_vector, level)
             skips.append(hidden)
@@ -164,16 +167,18 @@ class SparseUNet3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def _check_inputs(self, sample, levels, condition, pixels) -> None:
         if len(sample) != len(levels[0]):
-            raise InputError(f"sample: got {len(sample)} rows for {len(levels[0])} voxels. Pass one row for each voxel.")
-        expected = [(len(level), c) for level, c in zip(levels, self.config.condition_channels, strict=False)]
-        got = [] if condition is None else [tuple(features.shape) for features in condition]
-        if got != expected:
-            raise InputError(f"condition: got shapes {got}, expected {expected}: one [N_l, C_l] a level, as in condition_channels.")
-        if (pixels is None) != (self.pixel_blend is None):
             raise InputError(
-                f"pixels: {'missing' if pixels is None else 'not expected'} for a model with "
-                f"pixel_channels={self.config.pixel_channels}. Pass ProjectedPixels exactly when it is not 0."
+                f"sample: got {len(sample)} rows for {len(levels[0])} voxels. Pass one row for each voxel."
             )
+        if condition is not None:
+            got = [tuple(features.shape) for features in condition]
+            expected = [(len(level), c) for level, c in zip(levels, self.config.condition_channels, strict=False)]
+            if got != expected:
+                raise InputError(
+                    f"condition: got {got}, expected {expected}: a [N_l, C_l] for each of condition_channels."
+                )
+        if pixels is not None and self.pixel_blend is None:
+            raise InputError("pixels: this model takes none. Build it with pixel_channels, or pass None.")
 
     def _run(self, blocks, hidden, timestep, global_vector, level) -> Tensor:
         for block in blocks:
@@ -186,7 +191,7 @@ class SparseUNet3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def _project_out(self, hidden: Tensor, pixels: ProjectedPixels | None) -> Tensor:
         if self.pixel_blend is None:
             return self.proj_out(hidden)
-        blended = self.pixel_blend(hidden, *pixels)
+        blended = hidden.new_zeros(len(hidden), 3) if pixels is None else self.pixel_blend(hidden, *pixels)
         output = self.proj_out(torch.cat([hidden, blended], 1))
         return output + F.pad(blended, (output.shape[1] - 3, 0))  # the colour is the blend and a correction of it
 
@@ -248,5 +253,5 @@ class PixelBlend(nn.Module):
 
 
 def _num_groups(most: int, channels: int) -> int:
-    """The largest divisor of `channels` up to `most` that leaves two channels or more a group: one alone would lose its mean."""
-    return max(groups for groups in range(1, min(most, channels // 2) + 1) if channels % groups == 0)
+    """The largest divisor of `channels` up to `most` that leaves each group two channels: one alone would lose its mean."""
+    return max(groups for groups in range(1, max(1, min(most, channels // 2)) + 1) if channels % groups == 0)

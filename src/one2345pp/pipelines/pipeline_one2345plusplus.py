@@ -178,7 +178,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != number:
             raise InputError(f"generator: got {len(generator)}, expected one, or a list of {number}, one an object.")
         for name, count in counts.items():
-            least = 4 if name == "max_faces" else 1  # four triangles are the smallest closed mesh
+            least = {"max_faces": 4, "texture_size": 16}.get(name, 1)  # four triangles are the smallest closed mesh
             if count is not None and count < least:
                 raise InputError(f"{name}: got {count}, expected at least {least}.")
         return number
@@ -299,6 +299,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline):
                     texture_size=texture_size,
                     max_faces=max_faces,
                     generator=one,
+                    device=self._execution_device,
                 ).meshes[0]
                 for mesh, six, one in zip(coarse_meshes, views, generators, strict=True)
             ]

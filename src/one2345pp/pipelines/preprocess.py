@@ -228,11 +228,14 @@ def _key(
     distance = np.abs(rgb - background).max(-1)
     empty = distance <= max(6.0, 1.5 * noise)
     outside = _reaches_border(empty)
-    enclosed = ndimage.binary_opening(empty & ~outside, iterations=1)
+    enclosed = empty & ~outside
     if enclosed.sum() < 0.4 * (~outside).sum():
         labels, count = ndimage.label(enclosed)
-        levels = ndimage.median(distance, labels, np.arange(1, count + 1)) if count else []
-        outside |= np.isin(labels, 1 + np.flatnonzero(np.asarray(levels) <= max(2.0, 0.75 * noise)))
+        parts = np.arange(1, count + 1)
+        level = ndimage.median(distance, labels, parts) if count else np.empty(0)
+        area = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+        hole = (np.asarray(level) <= max(2.0, 0.75 * noise)) & (area >= max(6, 2e-4 * empty.size))
+        outside |= np.isin(labels, parts[hole])
     # A pixel that is half object is half as far from the background as the object beside it.
     edge = ndimage.binary_dilation(outside, np.ones((3, 3)), iterations=2) & ~outside
     full = ndimage.maximum_filter(np.where(outside, 0, distance), size=5)

@@ -39,3 +39,17 @@ class GlobalVector:
         mean, std = rgb.new_tensor(CLIP_MEAN).view(3, 1, 1), rgb.new_tensor(CLIP_STD).view(3, 1, 1)
         embeds = self.encoder.to(pictures.device)((rgb - mean) / std).image_embeds
         return F.normalize(embeds, dim=-1) * embeds.shape[-1] ** 0.5
+
+    def dropped(
+        self,
+        pictures: Tensor,  # [B, 4, S, S]
+        keep: Tensor,  # [B]
+        dropout: float,
+        generator: torch.Generator,
+    ) -> Tensor | None:
+        """The vectors, zero where the whole condition is dropped and for a share `dropout` of the others."""
+        vector = self(pictures)
+        if vector is None:
+            return None
+        own = (torch.rand(len(keep), generator=generator) >= dropout).to(keep)
+        return vector * (keep * own)[:, None]

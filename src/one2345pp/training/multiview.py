@@ -31,7 +31,6 @@ from transformers import (
 
 from ..data.dataset import PreparedDataset
 from ..errors import InputError
-from ..geometry.cameras import NAMED_RIGS
 from ..models.attention_reference import reference_attention
 from ..pipelines.pipeline_multiview_tile import (
     BACKGROUND,
@@ -57,7 +56,7 @@ DEFAULTS = {
     "condition_dropout": 0.1,
     "min_snr_gamma": None,
     "recolored_copies": 1,  # of each sample, with colour channels in another order
-    "validation": [],  # names of objects that are only drawn in previews
+    "validation": None,  # folder of prepared samples to preview, those of training otherwise
     "seed": 0,
 }
 
@@ -83,15 +82,15 @@ def run(config: dict, *, data: Path, output: Path, device: str = "auto", minutes
         limits = {name: minutes * limit / total for name, limit in limits.items()}
     output = Path(output)
 
-    if not (output / "vae").exists():
+    if not (output / "vae").exists() or not (output / "vision_encoder").exists():
         images = ImageDataset(data, config)
+    if not (output / "vae").exists():
         objective = AutoencoderObjective(config)
         train(objective, images, phases["vae"], output / "vae-training", device=device, minutes=limits["vae"])
         vae = AutoencoderKL.from_pretrained(output / "vae-training" / "vae")  # the averaged weights
         standardize_latents(vae, images)
         _save_whole(vae, output / "vae")
     if not (output / "vision_encoder").exists():
-        images = ImageDataset(data, config)
         objective = VisionObjective(config)
         train(objective, images, phases["vision"], output / "vision-training", device=device, minutes=limits["vision"])
         vision = CLIPVisionModelWithProjection.from_pretrained(output / "vision-training" / "vision_encoder")
@@ -109,7 +108,7 @@ def run(config: dict, *, data: Path, output: Path, device: str = "auto", minutes
         default_guidance_scale=config["default_guidance_scale"],
     )
     latents = LatentDataset(data, config, pipeline, output / "latents")
-    objective = DenoiserObjective(config, pipeline, latents.grey, preview_examples(data, config))
+    objective = DenoiserObjective(config, pipeline, latents.grey, preview_examples(config["validation"] or data, config))
     train(objective, latents, phases["unet"], output, device=device, minutes=limits["unet"])
 
 
@@ -178,9 +177,10 @@ def flatten(views: Tensor, size: int) -> Tensor:
     """RGBA pictures `[..., S, S, 4]` (uint8, straight alpha) on grey, at the size of a view: `[..., 3, size, size]` uint8."""
     rgb, alpha = views[..., :3].float(), views[..., 3:].float() / 255
     flat = (rgb * alpha + rgb.new_tensor(BACKGROUND) * (1 - alpha)).movedim(-1, -3)
-    shape = flat.shape[:-3]
-    small = F.interpolate(flat.flatten(0, -4), size=(size, size), mode="bicubic", antialias=True, align_corners=False)
-    return small.round().clamp(0, 255).byte().unflatten(0, shape)
+    if flat.shape[-1] != size:
+        small = F.interpolate(flat.reshape(-1, *flat.shape[-3:]), size=(size, size), mode="bicubic", antialias=True)
+        flat = small.reshape(*flat.shape[:-2], size, size)
+    return flat.round().clamp(0, 255).byte()
 
 
 def to_tile(views: Tensor) -> Tensor:
@@ -194,38 +194,29 @@ def to_pixels(images: Tensor, scale: float = IMAGE_SCALE) -> Tensor:
     return (images.float() / 127.5 - 1) * scale
 
 
-def rig_slice(config: dict) -> slice:
-    """Where the rig's six views are in a prepared sample."""
-    first = 6 * list(NAMED_RIGS).index(config["rig"])
-    return slice(first, first + 6)
+def rig_slice(prepared: PreparedDataset, config: dict) -> slice:
+    """Where the rig's six views are among those of a prepared sample."""
+    rigs = list(prepared.meta["rigs"])
+    if config["rig"] not in rigs:
+        raise InputError(f"{prepared.path}: was prepared for {', '.join(rigs)}, not for the config's rig {config['rig']!r}.")
+    first = ROWS * COLUMNS * rigs.index(config["rig"])
+    return slice(first, first + ROWS * COLUMNS)
 
 
 class ImageDataset(Dataset):
-    """All pictures of the prepared samples, in memory: `views [12, 3, S, S]` and `inputs [I, 3, S, S]`, uint8 on grey.
+    """All pictures of the prepared samples, in memory: `views [V, 3, S, S]` and `inputs [I, 3, S, S]`, uint8 on grey.
 
-    An item also has `object`, a number for all samples of one object.
+    An item also has `object`, a number for all samples of one object. `rig` cuts the config's rig from the views.
     """
 
     def __init__(self, data: Path, config: dict):
-        held_out = set(config["validation"])
         prepared = PreparedDataset(data)
-        kept, self.items, names = [], [], {}
-        for index in range(len(prepared)):
-            item = prepared[index]
-            if item["name"] in held_out:
-                continue
-            kept.append(index)
-            self.items.append(
-                {
-                    "views": flatten(item["views"], config["view_size"]),
-                    "inputs": flatten(item["inputs"], config["view_size"]),
-                    "object": torch.tensor(names.setdefault(item["name"], len(names))),
-                }
-            )
-        if not kept:
-            raise InputError(f"{data}: every sample belongs to an object of `validation`. Prepare more objects.")
-        weights = getattr(prepared, "weights", torch.ones(len(prepared), dtype=torch.float64))
-        self.weights = weights[kept]
+        self.weights = prepared.weights
+        self.rig = rig_slice(prepared, config)
+        self.items, names = [], {}
+        for item in (prepared[index] for index in range(len(prepared))):
+            pictures = {key: flatten(item[key], config["view_size"]) for key in ("views", "inputs")}
+            self.items.append({**pictures, "object": torch.tensor(names.setdefault(item["name"], len(names)))})
 
     def __len__(self) -> int:
         return len(self.items)
@@ -265,7 +256,7 @@ class LatentDataset(Dataset):
             for item in images.items:
                 # Another order of the channels teaches colours to come from the reference, not from the object's kind.
                 order = torch.randperm(3, generator=generator) if copy else torch.arange(3)
-                tile = to_tile(item["views"][rig_slice(config)][:, order])
+                tile = to_tile(item["views"][images.rig][:, order])
                 inputs = item["inputs"][:, order]
                 vision_size = pipeline.vision_encoder.config.image_size
                 pixels = F.interpolate(inputs.float(), (vision_size, vision_size), mode="bicubic", antialias=True)
@@ -284,17 +275,14 @@ class LatentDataset(Dataset):
 
 
 def preview_examples(data: Path, config: dict, count: int = 6) -> list[tuple[Image.Image, Image.Image]]:
-    """Input pictures and true tiles, of the objects held out if there are any."""
-    dataset = PreparedDataset(data)
-    names = [dataset[i]["name"] for i in range(len(dataset))]
-    held_out = [i for i, name in enumerate(names) if name in config["validation"]]
-    pool = held_out or list(range(len(dataset)))
+    """Input pictures and true tiles of samples spread over a prepared folder."""
+    prepared = PreparedDataset(data)
+    rig = rig_slice(prepared, config)
     examples = []
-    for index in np.linspace(0, len(pool) - 1, min(count, len(pool))).astype(int):
-        item = dataset[pool[index]]
-        picture = flatten(item["inputs"][0], config["view_size"])
-        tile = to_tile(flatten(item["views"][rig_slice(config)], config["view_size"]))
-        examples.append((to_pil(picture), to_pil(tile)))
+    for index in np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int):
+        item = prepared[index]
+        tile = to_tile(flatten(item["views"][rig], config["view_size"]))
+        examples.append((to_pil(flatten(item["inputs"][0], config["view_size"])), to_pil(tile)))
     return examples
 
 
@@ -318,8 +306,8 @@ class AutoencoderObjective:
     def collate(self, items: list[dict], generator: torch.Generator) -> dict[str, Tensor]:
         views = torch.stack([item["views"] for item in items])
         if torch.rand((), generator=generator) < 0.5:
-            first = 6 * int(torch.randint(2, (), generator=generator))
-            images = to_tile(views[:, first : first + 6])
+            rigs = views.unflatten(1, (-1, ROWS * COLUMNS))  # [B, rigs, 6, 3, S, S]
+            images = to_tile(rigs[:, int(torch.randint(rigs.shape[1], (), generator=generator))])
         else:
             pool = torch.cat([views, torch.stack([item["inputs"] for item in items])], 1)
             images = pool[:, torch.randperm(pool.shape[1], generator=generator)[: ROWS * COLUMNS]].flatten(0, 1)

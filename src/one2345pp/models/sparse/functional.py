@@ -93,7 +93,8 @@ def group_norm(
     Returns:
         `[N, C]` in the dtype of `features`; statistics are float32.
     """
-    with torch.autocast(features.device.type, enabled=False):  # statistics are matrix products, which autocast would round
+    # the statistics are matrix products, which autocast would round
+    with torch.autocast(features.device.type, enabled=False):
         centered = features.float() - grid.spread(_mean_of_groups(grid.mean(features), num_groups))
         variance = _mean_of_groups(grid.mean(centered.square()), num_groups)
         scale = (variance + eps).rsqrt()
@@ -174,7 +175,7 @@ def _gathered_chunks(features: Tensor, neighbors: Tensor):
 
 
 class _Gather(torch.autograd.Function):
-    """`features[index]` with zeros for missing rows; `inverse [N, k]` lists the outputs that read each row, so the adjoint gathers too."""
+    """`features[index]`, zeros for missing rows. `inverse [N, k]` lists the outputs that read each row: the adjoint gathers too."""
 
     @staticmethod
     def forward(ctx, features, index, inverse):

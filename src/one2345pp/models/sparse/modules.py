@@ -48,7 +48,8 @@ class SparseUpConv3d(_SparseConv):
     """`functional.up_conv3d`: `[M, C_in]` on `grid.coarser` to `[N, C_out]` on `grid`, kernel 2, stride 2."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
-        super().__init__((in_channels, out_channels, 2, 2, 2), out_channels, in_channels, bias)  # one cell reaches a voxel
+        # one kernel cell reaches a voxel, so the fan-in is one cell's
+        super().__init__((in_channels, out_channels, 2, 2, 2), out_channels, in_channels, bias)
 
     def forward(self, features: Tensor, grid: SparseGrid) -> Tensor:
         return functional.up_conv3d(features, self.weight, self.bias, grid)

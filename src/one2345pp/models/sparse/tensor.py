@@ -34,7 +34,8 @@ class SparseGrid:
 
     def __init__(self, coords: Tensor, resolution: int, batch_size: int | None = None):
         if coords.ndim != 2 or coords.shape[1] != 4 or coords.is_floating_point() or coords.dtype == torch.bool:
-            raise InputError(f"coords: got {coords.dtype} {tuple(coords.shape)}, expected integers [N, 4]: (sample, x, y, z).")
+            got = f"{coords.dtype} {tuple(coords.shape)}"
+            raise InputError(f"coords: got {got}, expected integers [N, 4] with columns sample, x, y, z.")
         if batch_size is None:
             batch_size = int(coords[:, 0].max()) + 1 if len(coords) else 1
         self.coords = coords.long()
@@ -64,7 +65,8 @@ class SparseGrid:
 
     def to(self, device: torch.device | str) -> SparseGrid:
         """The same voxels on another device; maps are built again there."""
-        return self if torch.device(device) == self.device else SparseGrid(self.coords.to(device), self.resolution, self.batch_size)
+        coords = self.coords.to(device)
+        return self if coords is self.coords else SparseGrid(coords, self.resolution, self.batch_size)
 
     def levels(self, count: int) -> list[SparseGrid]:
         """This grid and the `count - 1` coarser ones below it."""
@@ -175,7 +177,8 @@ class SparseTensor:
 
     def __post_init__(self):
         if self.features.ndim != 2 or len(self.features) != len(self.grid):
-            raise InputError(f"features: got {tuple(self.features.shape)}, expected [{len(self.grid)}, C]: a row for each voxel.")
+            shape = tuple(self.features.shape)
+            raise InputError(f"features: got {shape}, expected [{len(self.grid)}, C]: a row for each voxel.")
 
     @classmethod
     def from_dense(cls, volume: Tensor, active: Tensor) -> SparseTensor:

@@ -1,0 +1,229 @@
+"""Benchmark: meshes of held-out objects by this package and by baselines without learning, and how close they come to the truth.
+
+    python benchmarks/reconstruct_val.py --objects OBJECTS --index index.csv --output OUT [--model CHECKPOINT]
+
+`OBJECTS` holds NAME.glb, `index.csv` the columns name, split, tier. Methods: `reconstruct` gets six true views, `generate` one image,
+`hull` the silhouettes of the six true views, `silhouette` that of the image. A run goes on where the last one stopped: meshes that
+exist are kept. To use several processes, start one for each `--shard I/N`; then run once without `--shard` for reports and sheets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import trimesh
+from PIL import Image, ImageDraw
+
+from one2345pp import default_checkpoint
+from one2345pp.errors import InputError
+from one2345pp.evaluation.baselines import extruded_silhouette, visual_hull
+from one2345pp.evaluation.report import evaluate
+from one2345pp.geometry.cameras import CameraRig
+from one2345pp.geometry.export import export_mesh
+from one2345pp.geometry.framing import frame_object
+from one2345pp.geometry.mesh import load_mesh, normalize_to_sphere
+from one2345pp.geometry.render import contact_sheet, orbit, render
+
+
+METHODS = ("reconstruct", "generate", "hull", "silhouette")
+INPUT_ELEVATION = 10.0  # degrees; azimuth 0, the field of view and distance of `zero123plus-v1.2`
+TABLE_COLUMNS = ("f_score@0.01", "f_score@0.02", "f_score@0.05", "f_score@0.1", "chamfer_l2_mean", "normal_consistency")
+TABLE_COLUMNS += ("mask_iou", "psnr", "ssim")
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    objects = select(args)
+    link_truths(objects, args)
+    predict(objects, args)
+    if args.shard == (0, 1):
+        reports = {m: r for m in args.methods if (r := measure(m, args)) is not None}
+        write_tables(reports, args.output)
+        draw_sheets(objects, args)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objects", type=Path, required=True, help="folder of NAME.glb")
+    parser.add_argument("--index", type=Path, required=True, help="CSV with the columns name, split, tier")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--model", help="checkpoint folder or Hub id; default: the checkpoint in the package")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument(
+        "--rig", default="zero123plus-v1.2", choices=CameraRig.names(), help="cameras of the true views"
+    )
+    parser.add_argument("--size", type=int, default=320, help="pixels along a side of the true views")
+    parser.add_argument("--limit", type=int, help="only so many objects, spread over the tiers")
+    parser.add_argument(
+        "--shard", type=shard, default=(0, 1), metavar="I/N", help="every N-th object from the I-th, meshes only"
+    )
+    parser.add_argument("--sheets", type=int, default=12, help="objects on contact sheets, about")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--workers", type=int, default=1, help="processes of the evaluation")
+    parser.add_argument("--points", type=int, default=100_000, help="samples of each surface")
+    return parser.parse_args()
+
+
+def shard(text: str) -> tuple[int, int]:
+    index, count = map(int, text.split("/"))
+    if not 0 <= index < count:
+        raise argparse.ArgumentTypeError(f"{text}: expected I/N with 0 <= I < N")
+    return index, count
+
+
+def select(args: argparse.Namespace) -> list[dict]:
+    """Rows of the split, sorted by tier and name; with `--limit`, spread evenly over that order."""
+    with args.index.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == args.split]
+    rows.sort(key=lambda row: (row["tier"], row["name"]))
+    if not args.limit or args.limit >= len(rows):
+        return rows
+    return [rows[i * len(rows) // args.limit] for i in range(args.limit)]
+
+
+def link_truths(objects: list[dict], args: argparse.Namespace) -> None:
+    folder = args.output / "gt"
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in objects:
+        link = folder / f"{row['name']}.glb"
+        if not link.exists():
+            link.symlink_to((args.objects / link.name).resolve())
+
+
+def true_pictures(mesh: trimesh.Trimesh, args: argparse.Namespace) -> tuple[Image.Image, list[Image.Image]]:
+    """The input image, and the views of the rig, both RGBA."""
+    rig = CameraRig.named(args.rig)
+    views = [Image.fromarray(view) for view in render(mesh, rig, args.size)]
+    fov = math.radians(30)
+    front = CameraRig.from_angles([0.0], INPUT_ELEVATION, fov, 0.5 / math.tan(fov / 2))
+    return frame_object(Image.fromarray(render(mesh, front, args.size)[0])), views
+
+
+def predict(objects: list[dict], args: argparse.Namespace) -> None:
+    """Write the meshes that do not exist yet."""
+    index, count = args.shard
+    pipe = None
+    for row in objects[index::count]:
+        targets = {m: args.output / "pred" / m / f"{row['name']}.ply" for m in args.methods}
+        missing = {m: path for m, path in targets.items() if not path.exists()}
+        if not missing:
+            continue
+        if pipe is None and {"reconstruct", "generate"} & missing.keys():
+            pipe = load_pipeline(args)
+        image, views = true_pictures(normalize_to_sphere(load_mesh(args.output / "gt" / f"{row['name']}.glb")), args)
+        for method, path in missing.items():
+            start = time.perf_counter()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                export_mesh(predict_one(method, pipe, image, views, args, path.stem), path)
+                print(f"{path.stem}: {method}: {time.perf_counter() - start:.1f} s", flush=True)
+            except InputError as error:  # counted as missing by the evaluation
+                print(f"{path.stem}: {method}: {error}", flush=True)
+
+
+def load_pipeline(args: argparse.Namespace):
+    from one2345pp import One2345PlusPlusPipeline
+
+    pipe = One2345PlusPlusPipeline.from_pretrained(args.model or default_checkpoint()).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def predict_one(method, pipe, image: Image.Image, views: list[Image.Image], args, name: str) -> trimesh.Trimesh:
+    generator = torch.Generator().manual_seed(args.seed)
+    pictures = np.stack([np.asarray(view, np.float32) / 255 for view in views])
+    if method == "reconstruct":
+        return pipe.volume(views, cameras=args.rig, image=image, generator=generator).meshes[0]
+    if method == "generate":
+        out = pipe(image, refine=False, generator=generator)
+        folder = args.output / "generated_views"
+        folder.mkdir(exist_ok=True)
+        contact_sheet([out.views[0]], gap=0).save(folder / f"{name}.png")
+        return out.meshes[0]
+    if method == "hull":
+        return visual_hull(pictures[..., 3], args.rig, images=pictures[..., :3])
+    return extruded_silhouette(np.asarray(image))
+
+
+def measure(method: str, args: argparse.Namespace) -> dict | None:
+    """The method's own report, or `None` if it made no mesh."""
+    pred = args.output / "pred" / method
+    if not any(pred.glob("*.ply")):
+        print(f"{method}: made no mesh", flush=True)
+        return None
+    report = args.output / f"{method}.json"
+    return evaluate(
+        pred, args.output / "gt", report, groups=args.index, workers=args.workers, points=args.points, seed=args.seed
+    )
+
+
+def write_tables(reports: dict[str, dict], output: Path) -> None:
+    """All methods side by side: `report.md` and `report.json`."""
+    header = ["method", "alignment", "tier", "objects", *TABLE_COLUMNS]
+    rows = []
+    for method, report in reports.items():
+        for alignment, summary in report["summary"].items():
+            groups = {"all": {"objects": report["counts"]["measured"]} | summary["mean"], **report["groups"][alignment]}
+            for tier, means in groups.items():
+                rows.append(
+                    [method, alignment, tier, str(means["objects"]), *(f"{means[c]:.4f}" for c in TABLE_COLUMNS)]
+                )
+    rows.sort(key=lambda row: (row[2] != "all", row[2], row[1]))
+    lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
+    lines.insert(1, "|" + " --- |" * len(header))
+    lines += [
+        "",
+        "Means over the objects measured; each method's own report says which are missing, how, and what each number is.",
+    ]
+    (output / "report.md").write_text("\n".join(lines) + "\n")
+    kept = ("settings", "definitions", "counts", "missing_predictions", "failed", "summary", "groups")
+    combined = {method: {key: report[key] for key in kept} for method, report in reports.items()}
+    (output / "report.json").write_text(json.dumps(combined, indent=1) + "\n")
+
+
+def draw_sheets(objects: list[dict], args: argparse.Namespace) -> None:
+    """One sheet an object, for every k-th name of each tier: the pictures, then the truth and each method from four sides."""
+    step = math.ceil(len(objects) / max(args.sheets, 1))
+    tiers: dict[str, list[str]] = {}
+    for row in objects:
+        tiers.setdefault(row["tier"], []).append(row["name"])
+    folder = args.output / "sheets"
+    folder.mkdir(exist_ok=True)
+    for name in [name for names in tiers.values() for name in sorted(names)[::step]]:
+        truth = normalize_to_sphere(load_mesh(args.output / "gt" / f"{name}.glb"))
+        image, views = true_pictures(truth, args)
+        rows = [[label("image, true views"), image, *views], [label("truth"), *render(truth, orbit(4), 192)]]
+        generated = args.output / "generated_views" / f"{name}.png"
+        if generated.exists():
+            strip = Image.open(generated)
+            side = strip.height
+            rows.insert(
+                1,
+                [label("generated views")] + [strip.crop((x, 0, x + side, side)) for x in range(0, strip.width, side)],
+            )
+        for method in args.methods:
+            path = args.output / "pred" / method / f"{name}.ply"
+            if path.exists():
+                rows.append([label(method), *render(load_mesh(path), orbit(4), 192)])
+        contact_sheet(rows, size=192).save(folder / f"{name}.png")
+
+
+def label(text: str) -> Image.Image:
+    picture = Image.new("RGBA", (192, 192))
+    ImageDraw.Draw(picture).text((8, 84), text, fill="black", font_size=20)
+    return picture
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,398 @@
+"""Stage 2: views and cameras to a sparse volume and its mesh, by a dense and a sparse diffusion. Networks live in `models`.
+
+Axes: B samples, V views, N active voxels, X Y Z grid.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils import replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection, Dinov2Model
+
+from ..errors import InputError
+from ..geometry.cameras import CameraRig
+from ..geometry.extract import volume_to_mesh
+from ..geometry.volume import SparseVolume
+from ..models.condition_encoder import ConditionEncoder, ViewBatch, project_pixels
+from ..models.sparse import SparseGrid
+from ..models.unet_occupancy import OccupancyUNet3DModel
+from ..models.unet_sparse import SparseUNet3DModel
+from .hub import SelfContainedMixin
+from .pipeline_multiview_tile import composite_on_grey
+from .pipeline_output import SparseVolumePipelineOutput
+from .preprocess import isolate_object
+
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> from one2345pp import SparseVolumeDiffusionPipeline, default_checkpoint
+        >>> from one2345pp.pipelines.preprocess import load_views
+
+        >>> pipe = SparseVolumeDiffusionPipeline.from_pretrained(default_checkpoint())
+        >>> views, rig = load_views("views/")  # a folder with cameras.json
+        >>> pipe(views, cameras=rig).meshes[0].export("object.ply")
+        ```
+"""
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
+    r"""Views of one object to its signed distance and colour (One-2-3-45++ section 3.2).
+
+    First a dense diffusion draws which coarse cells hold surface; each is subdivided into eight, and a sparse diffusion draws
+    signed distance and colour on those. Both predict the clean sample (`prediction_type="sample"`) and see the views through
+    their condition encoders.
+
+    Args:
+        occupancy_condition ([`ConditionEncoder`]): Dense condition pyramid of the first diffusion.
+        occupancy_unet ([`OccupancyUNet3DModel`]): Its network.
+        occupancy_scheduler ([`SchedulerMixin`]): Its scheduler, [`LogSNRScheduler`] or a stock one of diffusers.
+        sparse_condition ([`ConditionEncoder`]): Sparse condition pyramid of the second diffusion.
+        sparse_unet ([`SparseUNet3DModel`]): Its network.
+        sparse_scheduler ([`SchedulerMixin`]): Its scheduler.
+        vision_encoder ([`CLIPVisionModelWithProjection`], *optional*): Gives the global vector of the input image.
+        feature_extractor_clip ([`CLIPImageProcessor`], *optional*): Prepares the input image for it.
+        patch_encoder ([`Dinov2Model`], *optional*): Patch features of the views, for encoders that were trained with them.
+        truncation (`float`): Largest signed distance of the volume, in world units.
+        default_num_occupancy_steps, default_num_sparse_steps (`int`), default_guidance_scale (`float`): What a call uses that
+            does not say.
+    """
+
+    model_cpu_offload_seq = "vision_encoder->patch_encoder->occupancy_condition->occupancy_unet->sparse_condition->sparse_unet"
+    _optional_components = ["vision_encoder", "feature_extractor_clip", "patch_encoder"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        occupancy_condition: ConditionEncoder,
+        occupancy_unet: OccupancyUNet3DModel,
+        occupancy_scheduler: SchedulerMixin,
+        sparse_condition: ConditionEncoder,
+        sparse_unet: SparseUNet3DModel,
+        sparse_scheduler: SchedulerMixin,
+        vision_encoder: CLIPVisionModelWithProjection | None = None,
+        feature_extractor_clip: CLIPImageProcessor | None = None,
+        patch_encoder: Dinov2Model | None = None,
+        truncation: float = 0.025,
+        default_num_occupancy_steps: int = 50,
+        default_num_sparse_steps: int = 20,
+        default_guidance_scale: float = 1.0,
+    ):
+        super().__init__()
+        self.register_modules(
+            occupancy_condition=occupancy_condition,
+            occupancy_unet=occupancy_unet,
+            occupancy_scheduler=occupancy_scheduler,
+            sparse_condition=sparse_condition,
+            sparse_unet=sparse_unet,
+            sparse_scheduler=sparse_scheduler,
+            vision_encoder=vision_encoder,
+            feature_extractor_clip=feature_extractor_clip,
+            patch_encoder=patch_encoder,
+        )
+        self.register_to_config(
+            truncation=truncation,
+            default_num_occupancy_steps=default_num_occupancy_steps,
+            default_num_sparse_steps=default_num_sparse_steps,
+            default_guidance_scale=default_guidance_scale,
+        )
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    # --- steps of a call, in order ------------------------------------------------------------------------------
+
+    def check_inputs(
+        self, views, cameras, image, output_type: str, steps: tuple[int, int], tensor_inputs: list[str]
+    ) -> tuple[list[list[Image.Image]], list[CameraRig], list[Image.Image] | None]:
+        """Views, rigs and input images as lists with one entry a sample; raise `InputError` for what cannot be used."""
+        if output_type not in ("mesh", "volume", "pt", "latent"):
+            raise InputError(f"output_type: got {output_type!r}, expected 'mesh', 'volume', 'pt' or 'latent'.")
+        if min(steps) < 1:
+            raise InputError(f"num_occupancy_steps, num_sparse_steps: got {steps}, expected at least 1 each.")
+        unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise InputError(f"callback_on_step_end_tensor_inputs: {sorted(unknown)} not in {self._callback_tensor_inputs}.")
+        if not isinstance(views, (list, tuple)) or len(views) == 0:
+            raise InputError("views: expected a list of PIL images, or a list of such lists.")
+        batch = [list(v) for v in views] if isinstance(views[0], (list, tuple)) else [list(views)]
+        rigs = [CameraRig.of(c) for c in (cameras if isinstance(cameras, (list, tuple)) else [cameras] * len(batch))]
+        if len(rigs) != len(batch):
+            raise InputError(f"cameras: got {len(rigs)} rigs for {len(batch)} samples. Pass one rig, or one a sample.")
+        for pictures, rig in zip(batch, rigs, strict=True):
+            if not all(isinstance(picture, Image.Image) for picture in pictures):
+                raise InputError("views: expected PIL images. Read files with one2345pp.pipelines.preprocess.load_views.")
+            if len(pictures) != len(rig):
+                name = f"rig {rig.name!r}, which has {len(rig)} cameras" if rig.name else f"a rig of {len(rig)} cameras"
+                raise InputError(
+                    f"views: got {len(pictures)} images for {name}. "
+                    f"Pass {len(rig)} images, or a CameraRig with {len(pictures)} cameras."
+                )
+        images = None if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+        if images is not None and len(images) != len(batch):
+            raise InputError(f"image: got {len(images)} input images for {len(batch)} samples.")
+        return batch, rigs, images
+
+    def prepare_views(self, views: list[list[Image.Image]], rigs: list[CameraRig], size: int) -> ViewBatch:
+        """Views as a batch for a condition encoder of that image size. RGB views are cut out of their plain background."""
+        device, most = self._execution_device, max(len(v) for v in views)
+        batch = []
+        for pictures, rig in zip(views, rigs, strict=True):
+            images = torch.stack([_to_encoder_image(picture, size) for picture in pictures])[None]
+            one = ViewBatch.make(images, [rig])
+            pad = most - len(rig)  # fewer views than another sample has: repeat one, marked as absent
+            index = list(range(len(rig))) + [0] * pad
+            one.present = (torch.arange(most) < len(rig))[None]
+            one.images, one.world_to_camera = one.images[:, index], one.world_to_camera[:, index]
+            one.tan_half_fov = one.tan_half_fov[:, index]
+            batch.append(one)
+        fields = ("images", "world_to_camera", "tan_half_fov", "present")
+        merged = ViewBatch(*(torch.cat([getattr(one, name) for one in batch]) for name in fields)).to(device)
+        if self.patch_encoder is not None:
+            merged.patches = self.encode_patches(merged.images)
+        return merged
+
+    def encode_patches(
+        self,
+        images: Tensor,  # [B, V, 4, S, S] in [-1, 1]
+    ) -> Tensor:
+        """Feature maps of the frozen patch encoder, `[B, V, C, h, w]`."""
+        rgb = (images[:, :, :3].flatten(0, 1) + 1) / 2
+        mean, std = rgb.new_tensor(IMAGENET_MEAN).view(3, 1, 1), rgb.new_tensor(IMAGENET_STD).view(3, 1, 1)
+        tokens = self.patch_encoder(((rgb - mean) / std).to(self.patch_encoder.dtype)).last_hidden_state[:, 1:]
+        side = images.shape[-1] // self.patch_encoder.config.patch_size
+        return tokens.mT.unflatten(-1, (side, side)).unflatten(0, images.shape[:2])
+
+    def encode_image(self, images: list[Image.Image] | None, batch_size: int) -> Tensor | None:
+        """Global vectors of the input images, `[B, G]`: zero without images, `None` without an encoder."""
+        channels = self.occupancy_unet.config.global_channels
+        if not channels or self.vision_encoder is None or self.feature_extractor_clip is None:
+            return None
+        device = self._execution_device
+        if images is None:
+            return torch.zeros(batch_size, channels, device=device, dtype=self.occupancy_unet.dtype)
+        pictures = [composite_on_grey(picture) for picture in images]
+        pixels = self.feature_extractor_clip(images=pictures, return_tensors="pt").pixel_values
+        embeds = self.vision_encoder(pixels.to(device, self.vision_encoder.dtype)).image_embeds
+        return F.normalize(embeds.float(), dim=-1).to(self.occupancy_unet.dtype) * embeds.shape[-1] ** 0.5
+
+    def denoise_occupancy(
+        self, views: ViewBatch, vector: Tensor | None, num_steps: int, generator, on_step: Callable | None = None
+    ) -> Tensor:
+        """Draw the shell occupancy, `[B, 1, X, Y, Z]`, about -1 (empty) to 1 (shell)."""
+        unet, scheduler = self.occupancy_unet, self.occupancy_scheduler
+        side, device = unet.config.sample_size, self._execution_device
+        condition = self.occupancy_condition(views)
+        shape = (len(views), unet.config.in_channels, side, side, side)
+        previous = None
+
+        def predict(sample: Tensor, timestep: Tensor) -> Tensor:
+            nonlocal previous
+            feedback = previous if unet.config.self_conditioning else None
+            x0 = unet(sample, timestep, condition, vector, feedback).sample
+            if self.do_classifier_free_guidance:
+                null = [torch.zeros_like(level) for level in condition]
+                no_vector = None if vector is None else torch.zeros_like(vector)
+                base = unet(sample, timestep, null, no_vector, feedback).sample
+                x0 = base + self.guidance_scale * (x0 - base)
+            previous = x0
+            return x0
+
+        noise = randn_tensor(shape, generator=generator, device=device, dtype=unet.dtype)
+        return self._denoise(scheduler, noise, predict, num_steps, generator, on_step)
+
+    def subdivide(
+        self,
+        occupancy: Tensor,  # [B, 1, x, y, z]
+    ) -> SparseGrid:
+        """The eight children of every occupied cell."""
+        occupied = occupancy[:, 0] > 0
+        for index, sample in enumerate(occupied):
+            if not sample.any():
+                raise InputError(
+                    f"views: no surface was found in sample {index}. Check that the views show one object, that their masks "
+                    "are not empty, and that the cameras look at the origin."
+                )
+        fine = occupied.repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        return SparseGrid(fine.nonzero(), fine.shape[-1], len(fine))
+
+    def denoise_sparse(
+        self, grid: SparseGrid, views: ViewBatch, vector: Tensor | None, num_steps: int, generator, on_step: Callable | None = None
+    ) -> Tensor:
+        """Draw signed distance (in truncation distances) and colour (in [-1, 1]) on the voxels, `[N, 4]`."""
+        unet = self.sparse_unet
+        condition = self.sparse_condition(views, grid)
+        pixels = project_pixels(views, grid) if unet.config.pixel_channels else None
+        null_pixels = None if pixels is None else pixels._replace(valid=torch.zeros_like(pixels.valid))
+
+        def predict(sample: Tensor, timestep: Tensor) -> Tensor:
+            x0 = unet(sample, timestep, grid, condition, vector, pixels).sample
+            if self.do_classifier_free_guidance:
+                null = [torch.zeros_like(level) for level in condition]
+                no_vector = None if vector is None else torch.zeros_like(vector)
+                base = unet(sample, timestep, grid, null, no_vector, null_pixels).sample
+                x0 = base + self.guidance_scale * (x0 - base)
+            return x0.clamp(-1, 1)
+
+        generators = generator if isinstance(generator, list) else [generator] * grid.batch_size
+        noise = [
+            randn_tensor((int(count), unet.config.in_channels), generator=one, device=grid.device, dtype=unet.dtype)
+            for count, one in zip(grid.counts, generators, strict=True)
+        ]
+        # one generator for the steps: rows of all samples move together
+        step_generator = generator[0] if isinstance(generator, list) else generator
+        return self._denoise(self.sparse_scheduler, torch.cat(noise), predict, num_steps, step_generator, on_step)
+
+    def _denoise(self, scheduler, noise: Tensor, predict: Callable, num_steps: int, generator, on_step) -> Tensor:
+        """The loop of both diffusions: any scheduler whose model predicts the clean sample."""
+        if scheduler.config.prediction_type != "sample":
+            raise InputError(
+                f"{type(scheduler).__name__}: prediction_type is {scheduler.config.prediction_type!r}, expected 'sample'. "
+                "Build it with from_config(..., prediction_type='sample')."
+            )
+        scheduler.set_timesteps(num_steps, device=noise.device)
+        sample = noise * scheduler.init_noise_sigma
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        extra = {"generator": generator} if takes_generator else {}
+        with self.progress_bar(total=len(scheduler.timesteps)) as bar:
+            for timestep in scheduler.timesteps:
+                if self.interrupt:
+                    continue
+                x0 = predict(scheduler.scale_model_input(sample, timestep), timestep)
+                sample = scheduler.step(x0, timestep, sample, **extra).prev_sample
+                if on_step is not None:
+                    sample = on_step(timestep, sample)
+                bar.update()
+        return sample
+
+    def to_volumes(
+        self,
+        grid: SparseGrid,
+        sample: Tensor,  # [N, 4]
+    ) -> list[SparseVolume]:
+        """The denoised sample as one volume an object, on the CPU."""
+        sample, coords, index = sample.float().cpu().clamp(-1, 1), grid.coords.cpu(), grid.sample_index.cpu()
+        truncation = self.config.truncation
+        return [
+            SparseVolume(
+                coords[index == b, 1:],
+                sample[index == b, 0] * truncation,
+                (sample[index == b, 1:] + 1) / 2,
+                grid.resolution,
+                truncation,
+            )
+            for b in range(grid.batch_size)
+        ]
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        views: list[Image.Image] | list[list[Image.Image]],
+        cameras: CameraRig | str | list[CameraRig | str] = "zero123plus-v1.2",
+        image: Image.Image | list[Image.Image] | None = None,
+        num_occupancy_steps: int | None = None,
+        num_sparse_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "mesh",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the form of diffusers
+    ) -> SparseVolumePipelineOutput | tuple:
+        r"""Reconstruct objects from views.
+
+        Args:
+            views (`list[PIL.Image.Image]` or a list of those): Views of each object, RGBA, or RGB on a plain background.
+            cameras ([`CameraRig`], `str`, or a list, *optional*, defaults to `"zero123plus-v1.2"`): Their cameras.
+            image (`PIL.Image.Image` or a list, *optional*): The input image, for the global vector.
+            num_occupancy_steps, num_sparse_steps (`int`, *optional*): Steps of the two diffusions.
+            guidance_scale (`float`, *optional*): Classifier-free guidance; 1 and less is without.
+            generator (`torch.Generator` or a list, *optional*): Source of every random draw.
+            output_type (`str`, *optional*, defaults to `"mesh"`): `"mesh"`, `"volume"`, `"pt"` (dense volumes
+                `[B, 4, X, Y, Z]`) or `"latent"` (the occupancy alone).
+            return_dict (`bool`, *optional*, defaults to `True`): Return an output class instead of a tuple.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, {"latents": ...})` after every
+                step of both diffusions; steps are counted through.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): What it is given.
+
+        Examples:
+
+        Returns:
+            [`SparseVolumePipelineOutput`]
+
+        Raises:
+            InputError: If the views and cameras do not fit each other, or no surface is found.
+        """
+        # 1. Check inputs
+        num_occupancy_steps = self.config.default_num_occupancy_steps if num_occupancy_steps is None else num_occupancy_steps
+        num_sparse_steps = self.config.default_num_sparse_steps if num_sparse_steps is None else num_sparse_steps
+        steps, tensor_inputs = (num_occupancy_steps, num_sparse_steps), callback_on_step_end_tensor_inputs
+        views, rigs, images = self.check_inputs(views, cameras, image, output_type, steps, tensor_inputs)
+        self._guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        self._interrupt = False
+        count = 0
+
+        def on_step(timestep: Tensor, latents: Tensor) -> Tensor:
+            nonlocal count
+            given = callback_on_step_end(self, count, timestep, {"latents": latents} if tensor_inputs else {})
+            count += 1
+            return (given or {}).get("latents", latents)
+
+        on_step = None if callback_on_step_end is None else on_step
+
+        # 2. Encode the conditions, once a sample
+        vector = self.encode_image(images, len(views))
+        occupancy_views = self.prepare_views(views, rigs, self.occupancy_condition.config.image_size)
+
+        # 3. Denoise the occupancy
+        occupancy = self.denoise_occupancy(occupancy_views, vector, num_occupancy_steps, generator, on_step)
+        if output_type == "latent":
+            self.maybe_free_model_hooks()
+            return SparseVolumePipelineOutput(occupancy) if return_dict else (occupancy,)
+
+        # 4. Subdivide what is occupied
+        grid = self.subdivide(occupancy)
+
+        # 5. Denoise signed distance and colour
+        sparse_views = self.prepare_views(views, rigs, self.sparse_condition.config.image_size)
+        sample = self.denoise_sparse(grid, sparse_views, vector, num_sparse_steps, generator, on_step)
+
+        # 6. Volumes and meshes
+        volumes = self.to_volumes(grid, sample)
+        self.maybe_free_model_hooks()
+        meshes = [volume_to_mesh(volume) for volume in volumes] if output_type == "mesh" else None
+        if output_type == "pt":
+            volumes = torch.stack([volume.dense() for volume in volumes])
+        return SparseVolumePipelineOutput(volumes, meshes) if return_dict else (volumes, meshes)
+
+
+def _to_encoder_image(picture: Image.Image, size: int) -> Tensor:
+    """RGBA to `[4, size, size]` in [-1, 1]: colour on mid grey (0), then alpha."""
+    rgba = picture if picture.mode == "RGBA" else isolate_object(picture)
+    premultiplied = rgba.convert("RGBa")
+    if premultiplied.size != (size, size):
+        premultiplied = premultiplied.resize((size, size), Image.Resampling.BOX if size < rgba.width else Image.Resampling.BICUBIC)
+    values = torch.from_numpy(np.array(premultiplied)).movedim(-1, 0).float() / 255
+    return torch.cat([values[:3] * 2 - values[3:], values[3:] * 2 - 1])

@@ -1,0 +1,405 @@
+"""Stage 3: a mesh and pictures of it to the same mesh with a texture. Geometry is never moved, only decimated to a budget.
+
+A colour field is fitted to the views where they see the surface and baked; what no view sees keeps the mesh's own colours.
+"""
+
+# V views, R raster pixels along an edge, P points, T texels
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import trimesh
+from diffusers import DiffusionPipeline
+from PIL import Image
+from scipy import ndimage
+from torch import Tensor
+
+from ..errors import InputError
+from ..geometry.atlas import Atlas, pad_texture, texel_samples, unwrap
+from ..geometry.cameras import CameraRig, project
+from ..geometry.extract import decimate
+from ..geometry.mesh import surface_colors
+from ..geometry.rasterize import rasterize
+from ..models.color_field import ColorField
+from .hub import SelfContainedMixin
+from .pipeline_output import TextureRefinementPipelineOutput
+from .preprocess import key_background
+
+
+@dataclass
+class SurfaceSamples:
+    """Points on the mesh and what colour they should have.
+
+    Args:
+        points: World, `[P, 3]`.
+        normals: Unit surface normals, `[P, 3]`.
+        directions: Unit vectors towards the eye that saw the colour, `[P, 3]`.
+        colors: sRGB in [0, 1], `[P, 3]`.
+        weights: Trust in the colour, `[P]` in [0, 1].
+    """
+
+    points: Tensor
+    normals: Tensor
+    directions: Tensor
+    colors: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def draw(self, count: int, generator: torch.Generator | None) -> SurfaceSamples:
+        """`count` of the samples at random, with replacement."""
+        index = torch.randint(len(self), (count,), generator=generator).to(self.points.device)
+        fields = (self.points, self.normals, self.directions, self.colors, self.weights)
+        return SurfaceSamples(*(field[index] for field in fields))
+
+    def to(self, device: torch.device | str) -> SurfaceSamples:
+        fields = (self.points, self.normals, self.directions, self.colors, self.weights)
+        return SurfaceSamples(*(field.to(device) for field in fields))
+
+
+@dataclass
+class Visibility:
+    """What each view sees of the mesh, as maps that any surface point can be looked up in.
+
+    Args:
+        rig: `V` cameras.
+        weights: Trust in each pixel, `[V, R, R]`: falls to 0 where the surface turns away and at every silhouette.
+        depth: Along the optical axis, `[V, R, R]`, infinite where the mesh is not hit.
+    """
+
+    rig: CameraRig
+    weights: Tensor
+    depth: Tensor
+
+    def confidence(
+        self,
+        points: Tensor,  # [P, 3]
+        normals: Tensor,  # [P, 3]
+    ) -> Tensor:
+        """How well the views together see points of the surface, `[P]`: 0 unseen, 1 seen head-on by one view."""
+        uv, depth = project(points, self.rig)  # [V, P, 2], [V, P]
+        lookup = {"mode": "bilinear", "padding_mode": "zeros", "align_corners": False}
+        weight = F.grid_sample(self.weights[:, None], uv[:, None], **lookup)[:, 0, 0]
+        seen = F.grid_sample(self.depth[:, None].nan_to_num(posinf=1e6), uv[:, None], **{**lookup, "mode": "nearest"})
+        # three pixels of depth forgive the slope of all surfaces that have any weight
+        tolerance = 3 * 2 * self.rig.tan_half_fov[:, None] * depth / self.depth.shape[-1]
+        to_eye = F.normalize(self.rig.positions[:, None] - points, dim=-1)
+        facing = (to_eye * normals).sum(-1)  # tells the sides of a thin plate apart, which depth cannot
+        visible = (depth > 0) & ((seen[:, 0, 0] - depth).abs() < tolerance)
+        return (weight * visible * (4 * facing).clamp(0, 1)).sum(0)
+
+
+class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
+    r"""Paint a mesh from pictures of it, by fitting a TensoRF colour field to the visible surface and baking it.
+
+    It has no learned weights; each call fits its own field.
+
+    Args:
+        resolution (`int`, defaults to 128), components (`int`, defaults to 16), feature_channels (`int`, defaults to 27),
+            hidden (`int`, defaults to 64): Size of the [`ColorField`].
+        batch_size (`int`, defaults to 8192): Visible points a step.
+        grid_lr (`float`, defaults to 0.02), mlp_lr (`float`, defaults to 1e-3): Learning rates (TensoRF), decaying to a
+            tenth.
+        tv_weight (`float`, defaults to 0.01): Weight of the field's total variation.
+        prior_weight (`float`, defaults to 0.3): Weight of the mesh's own colours where no view sees.
+        facing_power (`float`, defaults to 2.0): Trust in a pixel is the cosine of its viewing angle to this power.
+        silhouette (`float`, defaults to 2.0): View pixels over which trust rises from 0 at silhouettes.
+        full_confidence (`float`, defaults to 0.2): Summed trust from which the views alone decide.
+        default_num_inference_steps (`int`, defaults to 300), default_texture_size (`int`, defaults to 1024),
+            default_max_faces (`int`, defaults to 16000): Used when a call does not say.
+
+    Source: One-2-3-45++ section 3.3; weights, prior and blending are this package's choice.
+    """
+
+    def __init__(
+        self,
+        resolution: int = 128,
+        components: int = 16,
+        feature_channels: int = 27,
+        hidden: int = 64,
+        batch_size: int = 8192,
+        grid_lr: float = 0.02,
+        mlp_lr: float = 1e-3,
+        tv_weight: float = 0.01,
+        prior_weight: float = 0.3,
+        facing_power: float = 2.0,
+        silhouette: float = 2.0,
+        full_confidence: float = 0.2,
+        default_num_inference_steps: int = 300,
+        default_texture_size: int = 1024,
+        default_max_faces: int = 16000,
+    ):
+        super().__init__()
+        self.register_to_config(
+            resolution=resolution,
+            components=components,
+            feature_channels=feature_channels,
+            hidden=hidden,
+            batch_size=batch_size,
+            grid_lr=grid_lr,
+            mlp_lr=mlp_lr,
+            tv_weight=tv_weight,
+            prior_weight=prior_weight,
+            facing_power=facing_power,
+            silhouette=silhouette,
+            full_confidence=full_confidence,
+            default_num_inference_steps=default_num_inference_steps,
+            default_texture_size=default_texture_size,
+            default_max_faces=default_max_faces,
+        )
+
+    def __call__(
+        self,
+        mesh: trimesh.Trimesh | list[trimesh.Trimesh],
+        views: list[Image.Image] | list[list[Image.Image]],
+        cameras: CameraRig | str = "zero123plus-v1.2",
+        num_inference_steps: int | None = None,
+        texture_size: int | None = None,
+        max_faces: int | None = None,
+        rasterizer: str = "auto",
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+        callback_on_step_end: Callable | None = None,
+        return_dict: bool = True,
+    ) -> TextureRefinementPipelineOutput | tuple:
+        """Paint meshes.
+
+        Args:
+            mesh: One mesh or a list, with vertex colours, a texture or neither (grey).
+            views: The pictures of the mesh, or a list of them for each mesh: square, `RGBA`, or `RGB` on the grey of a
+                generated tile. Transparent pixels are ignored.
+            cameras: The cameras of the views, or a rig's name.
+            num_inference_steps: Optimiser steps; 0 only bakes the mesh's own colours.
+            texture_size: Side of the texture in pixels.
+            max_faces: Meshes with more faces are decimated to this many.
+            rasterizer: `"auto"`, `"embree"` or `"nvdiffrast"`.
+            generator: Source of every random draw, on the CPU. The same one gives the same mesh.
+            device: Where the field is fitted.
+            callback_on_step_end: Called after each step with the pipeline, the step twice, and `{"loss": float}`.
+            return_dict: Whether to return a [`TextureRefinementPipelineOutput`] rather than a tuple.
+
+        Returns:
+            Meshes with UVs and a base colour texture, in the same frame and places.
+        """
+        steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
+        texture_size = texture_size or self.config.default_texture_size
+        max_faces = max_faces or self.config.default_max_faces
+        # 1. Check inputs
+        rig = CameraRig.of(cameras)
+        meshes = mesh if isinstance(mesh, (list, tuple)) else [mesh]
+        view_lists = views if isinstance(mesh, (list, tuple)) else [views]
+        self.check_inputs(meshes, view_lists, rig, steps, texture_size)
+        painted = []
+        for one_mesh, pictures in zip(meshes, view_lists, strict=True):
+            # 2. Decimate to the budget, and cut into charts
+            one_mesh = decimate(one_mesh, max_faces)
+            atlas = unwrap(one_mesh, texture_size)
+            # 3. Find what each view sees
+            visibility, seen = self.observe(one_mesh, pictures, rig, rasterizer)
+            # 4. Fit the colour field
+            prior = self.sample_prior(one_mesh, visibility, generator)
+            field = self.fit(one_mesh, seen, prior, steps, generator, device, callback_on_step_end)
+            # 5. Bake it, keeping the mesh's colours where no view sees
+            painted.append(self.bake(one_mesh, atlas, field if steps else None, visibility, texture_size))
+        return TextureRefinementPipelineOutput(meshes=painted) if return_dict else (painted,)
+
+    # --- steps --------------------------------------------------------------------------------------------------
+
+    def check_inputs(
+        self,
+        meshes: Sequence[trimesh.Trimesh],
+        views: Sequence[Sequence[Image.Image]],
+        rig: CameraRig,
+        num_inference_steps: int,
+        texture_size: int,
+    ) -> None:
+        """Raise `InputError` for anything that cannot be used, before any work."""
+        if len(meshes) != len(views):
+            raise InputError(f"views: got {len(views)} lists of views for {len(meshes)} meshes. Pass one list a mesh.")
+        if num_inference_steps < 0:
+            raise InputError(f"num_inference_steps: got {num_inference_steps}, expected 0 or more.")
+        if not 16 <= texture_size <= 16384:
+            raise InputError(f"texture_size: got {texture_size}, expected 16 to 16384 pixels.")
+        for mesh, pictures in zip(meshes, views, strict=True):
+            if not isinstance(mesh, trimesh.Trimesh) or len(mesh.faces) == 0 or not np.isfinite(mesh.vertices).all():
+                raise InputError("mesh: expected a trimesh.Trimesh with faces and finite vertices.")
+            if not isinstance(pictures, (list, tuple)) or not all(isinstance(p, Image.Image) for p in pictures):
+                raise InputError("views: expected a list of PIL images, or for a list of meshes a list of such lists.")
+            if len(pictures) != len(rig):
+                name = f"rig {rig.name!r}" if rig.name else "the rig"
+                raise InputError(
+                    f"views: got {len(pictures)} images for {name}, which has {len(rig)} cameras. "
+                    f"Pass {len(rig)} images, or a CameraRig with {len(pictures)} cameras."
+                )
+            for picture in pictures:
+                if picture.width != picture.height:
+                    raise InputError(f"views: got a {picture.width}x{picture.height} image, expected square ones. Pad it.")
+
+    def observe(
+        self, mesh: trimesh.Trimesh, views: Sequence[Image.Image], rig: CameraRig, rasterizer: str = "auto"
+    ) -> tuple[Visibility, SurfaceSamples]:
+        """Rasterise the mesh once and read the views where they show it.
+
+        Returns:
+            Maps to look visibility up in, and one sample for each raster pixel that has any weight.
+        """
+        largest = max(view.width for view in views)
+        size = largest * max(1, -(-256 // largest))  # small views are looked at several times a pixel
+        fragments = rasterize(mesh, rig, size, rasterizer=rasterizer)
+        weights, seen = np.zeros(fragments.mask.shape, np.float32), []
+        for index, view in enumerate(views):
+            rgb, alpha = _enlarged(view, size)
+            mask, depth = fragments.mask[index], fragments.depth[index]
+            points, normals = _surface(mesh, fragments.face_ids[index][mask], fragments.barycentrics[index][mask])
+            directions = F.normalize(rig.positions[index] - points, dim=-1)
+            facing = torch.zeros(mask.shape)
+            facing[torch.from_numpy(mask)] = (normals * directions).sum(-1).clamp(min=0)
+            pixel = 2 * float(rig.tan_half_fov[index]) * depth / size
+            inside = _inside(mask & (alpha.numpy() > 0.5), depth, pixel)
+            rise = np.clip(inside * view.width / size / max(self.config.silhouette, 1e-6), 0, 1)
+            weights[index] = facing.numpy() ** self.config.facing_power * rise
+            trusted = torch.from_numpy(weights[index][mask])
+            colors = rgb[torch.from_numpy(mask)]
+            keep = trusted > 1e-3
+            seen.append([tensor[keep] for tensor in (points, normals, directions, colors, trusted)])
+        samples = SurfaceSamples(*(torch.cat(column) for column in zip(*seen, strict=True)))
+        if len(samples) == 0:
+            raise InputError(
+                "views: none of them shows any of the mesh. Check that mesh and cameras share one frame "
+                "(+Y up, +Z front, object about the origin) and that the views are not empty."
+            )
+        return Visibility(rig, torch.from_numpy(weights), torch.from_numpy(fragments.depth)), samples
+
+    def sample_prior(
+        self, mesh: trimesh.Trimesh, visibility: Visibility, generator: torch.Generator | None, count: int = 30000
+    ) -> SurfaceSamples:
+        """The mesh's own colours at random points of its surface, weighted by how little the views see there."""
+        areas = torch.from_numpy(np.asarray(mesh.area_faces)).float()
+        face_ids = torch.multinomial(areas, count, replacement=True, generator=generator).numpy()
+        u, v = torch.rand(2, count, generator=generator)
+        u, v = torch.where(u + v > 1, 1 - u, u), torch.where(u + v > 1, 1 - v, v)
+        barycentrics = torch.stack([1 - u - v, u, v], -1).numpy()
+        points, normals = _surface(mesh, face_ids, barycentrics)
+        colors = torch.from_numpy(surface_colors(mesh, face_ids, barycentrics)).float()
+        weights = 1 - self.blend_weight(visibility.confidence(points, normals))
+        return SurfaceSamples(points, normals, normals, colors, weights)
+
+    def fit(
+        self,
+        mesh: trimesh.Trimesh,
+        seen: SurfaceSamples,
+        prior: SurfaceSamples,
+        num_inference_steps: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+        callback_on_step_end: Callable | None = None,
+    ) -> ColorField:
+        """Fit a colour field to the samples by weighted least squares.
+
+        Half of each batch is asked with the surface normal in place of the viewing direction, because that is how the field is
+        baked, and few views leave the normal's own direction unseen.
+        """
+        config = self.config
+        # tensors made under a caller's inference_mode could not be trained
+        with torch.inference_mode(False), torch.enable_grad():
+            field = ColorField(config.resolution, config.components, config.feature_channels, config.hidden)
+            field.initialize(generator).to(device)
+            seen, prior = seen.to(device), prior.to(device)
+            optimizer = torch.optim.Adam(
+                [
+                    {"params": [field.planes, field.lines], "lr": config.grid_lr},
+                    {"params": [*field.basis.parameters(), *field.mlp.parameters()], "lr": config.mlp_lr},
+                ],
+                betas=(0.9, 0.99),
+            )
+            decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1 ** (1 / max(num_inference_steps, 1)))
+            for step in self.progress_bar(range(num_inference_steps)):
+                batch = seen.draw(config.batch_size, generator)
+                half = config.batch_size // 2
+                directions = torch.cat([batch.normals[:half], batch.directions[half:]])
+                loss = _weighted_error(field(_in_box(mesh, batch.points), directions), batch)
+                unseen = prior.draw(config.batch_size // 4, generator)
+                loss = loss + config.prior_weight * _weighted_error(
+                    field(_in_box(mesh, unseen.points), unseen.normals), unseen
+                )
+                loss = loss + config.tv_weight * field.total_variation()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                decay.step()
+                if callback_on_step_end is not None:
+                    callback_on_step_end(self, step, step, {"loss": loss.item()})
+        return field.requires_grad_(False).eval()
+
+    def bake(
+        self,
+        mesh: trimesh.Trimesh,
+        atlas: Atlas,
+        field: ColorField | None,
+        visibility: Visibility,
+        texture_size: int,
+    ) -> trimesh.Trimesh:
+        """Write the field into a texture, seen along the surface normal, and the mesh's own colours where no view sees."""
+        face_ids, barycentrics, texels = texel_samples(atlas, texture_size)
+        colors = torch.from_numpy(surface_colors(mesh, face_ids, barycentrics)).float()
+        if field is not None:
+            points, normals = _surface(mesh, face_ids, barycentrics)
+            for piece in torch.arange(len(points)).split(65536):
+                painted = field(_in_box(mesh, points[piece]).to(field.device), normals[piece].to(field.device)).cpu()
+                share = self.blend_weight(visibility.confidence(points[piece], normals[piece]))[:, None]
+                colors[piece] = share * painted + (1 - share) * colors[piece]
+        texture = np.zeros((texture_size**2, 3), np.uint8)
+        texture[texels] = (colors.clamp(0, 1) * 255).round().byte().numpy()
+        covered = np.zeros(texture_size**2, bool)
+        covered[texels] = True
+        square = (texture_size, texture_size)
+        return atlas.textured(Image.fromarray(pad_texture(texture.reshape(*square, 3), covered.reshape(square))))
+
+    def blend_weight(self, confidence: Tensor) -> Tensor:
+        """Share of the views in a point's colour: a smooth step that reaches 1 at `full_confidence`."""
+        x = (confidence / self.config.full_confidence).clamp(0, 1)
+        return x * x * (3 - 2 * x)
+
+
+def _surface(mesh: trimesh.Trimesh, face_ids: np.ndarray, barycentrics: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Points of the surface and its interpolated unit normals there, `[P, 3]` each."""
+    corners = mesh.faces[face_ids]
+    weights = barycentrics[..., None].astype(np.float32)
+    points = (np.asarray(mesh.vertices, np.float32)[corners] * weights).sum(1)
+    normals = (np.asarray(mesh.vertex_normals, np.float32)[corners] * weights).sum(1)
+    return torch.from_numpy(points), F.normalize(torch.from_numpy(normals), dim=-1)
+
+
+def _in_box(mesh: trimesh.Trimesh, points: Tensor) -> Tensor:
+    """Points in a cube about the mesh's bounding box, in [-0.5, 0.5], where the field lives."""
+    low, high = (points.new_tensor(bound) for bound in mesh.bounds)
+    return (points - (low + high) / 2) / (high - low).max()
+
+
+def _weighted_error(colors: Tensor, samples: SurfaceSamples) -> Tensor:
+    error = (colors - samples.colors).square().mean(-1)
+    return (samples.weights * error).sum() / samples.weights.sum().clamp(min=1e-6)
+
+
+def _enlarged(view: Image.Image, size: int) -> tuple[Tensor, Tensor]:
+    """Colour `[R, R, 3]` and alpha `[R, R]` in [0, 1]; colours of transparent pixels do not bleed into their neighbours."""
+    rgba = torch.from_numpy(np.asarray(key_background(view).convert("RGBA"), np.float32) / 255)
+    alpha = rgba[..., 3:]
+    premultiplied = torch.cat([rgba[..., :3] * alpha, alpha], -1).permute(2, 0, 1)[None]
+    large = F.interpolate(premultiplied, size=(size, size), mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+    return large[..., :3] / large[..., 3:].clamp(min=1e-6), large[..., 3]
+
+
+def _inside(mask: np.ndarray, depth: np.ndarray, pixel: np.ndarray) -> np.ndarray:
+    """Raster pixels to the nearest silhouette, `[R, R]`: the mask's border, or a jump in depth steeper than any seen slope."""
+    near = np.where(mask, depth, np.inf)
+    low = ndimage.minimum_filter(near, 3, mode="nearest")
+    high = ndimage.maximum_filter(np.where(mask, depth, -np.inf), 3, mode="nearest")
+    jump = mask & (high - low > 10 * np.where(mask, pixel, 1))
+    return ndimage.distance_transform_edt(np.pad(mask & ~jump, 1))[1:-1, 1:-1]

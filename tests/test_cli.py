@@ -1,0 +1,199 @@
+"""The command line: exit statuses, one line of error, outputs in their places, several inputs, determinism."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+
+from one2345pp import CameraRig, cli
+from one2345pp.data.shapes import shape
+from one2345pp.geometry.render import render
+from one2345pp.outputs import MESH_SUFFIXES, plan
+from one2345pp.pipelines import preprocess
+
+
+FAST = "--steps 1 --occupancy-steps 2 --sparse-steps 1 --texture-steps 2 --texture-size 64 --faces 400"
+
+
+def run(command: str, capsys) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command line."""
+    capsys.readouterr()
+    try:
+        status = cli.main(shlex.split(command))
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder with a picture, a bad picture and a folder of views."""
+    monkeypatch.chdir(tmp_path)
+    rig = CameraRig.named("zero123plus-v1.2")
+    Image.fromarray(render(shape("mug"), CameraRig.from_angles([0], 15, 0.7, 1.6), 64)[0]).save("mug.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    (tmp_path / "views").mkdir()
+    names = [f"{i}.png" for i in range(6)]
+    for name, view in zip(names, render(shape("mug"), rig, 48), strict=True):
+        Image.fromarray(view).save(tmp_path / "views" / name)
+    rig.save(tmp_path / "views" / "cameras.json", names)
+    return tmp_path
+
+
+def test_choices_are_those_of_their_sources():
+    """The parser spells names out so that it imports nothing; they must not drift."""
+    assert cli.BACKGROUNDS == preprocess.BACKGROUNDS
+    assert cli.RIGS == CameraRig.names()
+    from one2345pp.geometry import export
+
+    assert set(MESH_SUFFIXES) == set(export.WRITERS)
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("", "COMMAND"),
+        ("frobnicate", "frobnicate"),
+        ("generate", "-o/--output"),
+        ("generate -o a.glb", "either images, or --prompt"),
+        ("generate mug.png --prompt x -o a.glb", "either images, or --prompt"),
+        ("generate --prompt x -o a.glb", "--text-to-image"),
+        ("generate mug.png -o a.fbx", ".fbx"),
+        ("generate mug.png -o nowhere/a.glb", "nowhere does not exist"),
+        ("generate mug.png -o bad.png/a.glb", "bad.png does not exist"),
+        ("generate mug.png -o a.glb --model nothing", "neither a folder nor a Hub id"),
+        ("generate mug.png mug.png -o a.glb", "2 inputs"),
+        ("generate mug.png -o a.glb --preview a.jpg", "--preview"),
+        ("generate mug.png -o a.glb --preview nowhere/a.png", "nowhere does not exist"),
+        ("generate mug.png -o a.glb --save-intermediates mug.png", "is a file"),
+        ("generate mug.png -o a.glb --steps 0", "at least 1"),
+        ("generate mug.png -o a.glb --steps many", "--steps"),
+        ("generate mug.png -o a.glb --ste 3", "--ste"),
+        ("generate mug.png -o a.glb --model views", "model_index.json"),
+        ("reconstruct views -o a.glb --rig nothing", "zero123plus-v1.2"),
+        ("prepare nothing -o data", "nothing: no such"),
+        ("train sparse nothing.json", "nothing.json: no such file"),
+        ("train sparse bad.png", "is not a JSON file"),
+        ("train sparse views/cameras.json", "--data"),
+        ("train sparse views/cameras.json --data nothing -o out", "one2345pp prepare"),
+        ("evaluate --pred nothing --gt views -o r.json", "nothing: no such folder"),
+        ("evaluate --pred views --gt views -o nowhere/r.json", "nowhere does not exist"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " in value else None,
+)
+def test_what_cannot_be_used_is_refused_in_one_line(place, capsys, command, words):
+    """Status 2, one line that has the offending word, nothing on stdout, and nothing was made."""
+    before = {path.name for path in place.iterdir()}
+    status, out, err = run(command, capsys)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1 and words in err and err.startswith("one2345pp")
+    assert {path.name for path in place.iterdir()} == before
+
+
+def test_plan_gives_every_input_its_own_names(tmp_path):
+    """Two inputs of one stem do not overwrite each other, nor do their previews and intermediates."""
+    from pathlib import Path
+
+    sources = [Path("a/mug.png"), Path("b/mug.jpg"), Path("cat.png")]
+    jobs = plan(sources, tmp_path / "out", tmp_path / "sheet.png", tmp_path / "parts")
+    assert [job.mesh.name for job in jobs] == ["mug.glb", "mug-2.glb", "cat.glb"]
+    assert [job.preview.name for job in jobs] == ["sheet-mug.png", "sheet-mug-2.png", "sheet-cat.png"]
+    assert [job.intermediates.name for job in jobs] == ["mug", "mug-2", "cat"]
+    (single,) = plan(sources[:1], tmp_path / "x.OBJ", tmp_path / "sheet.gif")
+    assert (single.mesh.name, single.preview.name, single.intermediates) == ("x.OBJ", "sheet.gif", None)
+
+
+def test_info(capsys):
+    """Works without a checkpoint, names versions and the device."""
+    status, out, _ = run("info", capsys)
+    assert status == 0
+    assert all(word in out for word in ("torch", "diffusers", "device", "checkpoint"))
+
+
+@pytest.mark.parametrize("command", ["", "generate", "reconstruct", "refine", "prepare", "train", "evaluate", "info"])
+def test_help(command, capsys):
+    """Every command explains itself and offers the shared options."""
+    status, out, _ = run(f"{command} --help", capsys)
+    assert status == 0
+    assert not command or all(option in out for option in ("--model", "--seed", "--device", "--dtype", "--quiet"))
+
+
+def test_generate_writes_everything_that_was_asked_for(place, tiny_chain_folder, capsys):
+    """One command: mesh, preview, intermediates; reconstructing from the intermediates and refining take the same folder."""
+    shared = f"--model {tiny_chain_folder} --seed 3 --device cpu"
+    status, out, err = run(
+        f"generate mug.png -o a.glb --preview a.png --save-intermediates parts {FAST} {shared}", capsys
+    )
+    assert (status, err) == (0, "")
+    assert out.startswith("a.glb")
+    mesh = trimesh.load("a.glb", force="mesh")
+    assert 0 < len(mesh.faces) <= 400 and mesh.visual.uv is not None
+    assert Image.open("a.png").width > 600
+    assert {path.name for path in (place / "parts").iterdir()} == {
+        "views",
+        "cameras.json",
+        "volume.safetensors",
+        "coarse.ply",
+    }
+    assert len(json.loads((place / "parts" / "cameras.json").read_text())["frames"]) == 6
+
+    fast = FAST.replace("--steps 1 ", "")
+    status, _, err = run(f"reconstruct views -o b.obj --no-refine --preview b.gif {fast} {shared}", capsys)
+    assert (status, err) == (0, "")
+    assert (place / "b.obj").is_file() and Image.open("b.gif").n_frames > 10
+    texture = "--texture-steps 2 --texture-size 64 --quiet"
+    status, out, err = run(f"refine parts/coarse.ply parts -o c.glb {texture} {shared}", capsys)
+    assert (status, out, err) == (0, "", "")
+
+
+def test_a_bad_input_does_not_stop_the_others(place, tiny_chain_folder, capsys):
+    """Status 2 and one line for the bad one; the good ones are written, the same bytes whatever their order and company."""
+    options = f"--no-refine {FAST} --model {tiny_chain_folder} --quiet"
+    status, out, err = run(f"generate bad.png mug.png missing.png mug.png -o all {options}", capsys)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 2 and "bad.png" in err and "missing.png" in err
+    assert {path.name for path in (place / "all").iterdir()} == {"mug.glb", "mug-2.glb"}
+    status, _, _ = run(f"generate mug.png -o alone.glb {options}", capsys)
+    first, second, alone = (trimesh.load(p, force="mesh") for p in ("all/mug.glb", "all/mug-2.glb", "alone.glb"))
+    assert status == 0
+    assert np.array_equal(first.vertices, second.vertices) and np.array_equal(first.vertices, alone.vertices)
+
+
+def test_a_failure_inside_is_status_1(place, tiny_chain_folder, capsys, monkeypatch):
+    """A bug is not the person's input: status 1 and a traceback; the other inputs are still written."""
+    from one2345pp import outputs
+
+    original = outputs.Job.write
+
+    def write(self, *args):
+        if self.mesh.name == "mug.glb":
+            raise RuntimeError("out of luck")
+        original(self, *args)
+
+    monkeypatch.setattr(outputs.Job, "write", write)
+    status, _, err = run(
+        f"generate mug.png mug.png bad.png -o all --no-refine {FAST} --model {tiny_chain_folder}", capsys
+    )
+    assert status == 1
+    assert "failed: mug.png: RuntimeError: out of luck" in err and "Traceback" in err
+    assert [path.name for path in (place / "all").iterdir()] == ["mug-2.glb"]
+
+
+def test_prepare_and_evaluate(place, capsys):
+    """A data set from a folder of meshes; a report that finds identical meshes identical."""
+    (place / "meshes").mkdir()
+    shape("house").export(place / "meshes" / "house.glb")
+    status, _, err = run("prepare meshes -o data --frames 1 --view-size 32 --resolution 16 --workers 1", capsys)
+    assert (status, err) == (0, "")
+    assert (place / "data" / "house.0.npz").is_file()
+    (place / "meshes" / "broken.glb").write_text("broken")
+    status, _, err = run("prepare meshes -o data --frames 1 --view-size 32 --resolution 16 --workers 1", capsys)
+    assert status == 2 and "broken" in err
+    (place / "meshes" / "broken.glb").unlink()
+    status, out, _ = run("evaluate --pred meshes --gt meshes -o report.json", capsys)
+    assert status == 0 and "house" in out
+    report = json.loads((place / "report.json").read_text())
+    assert report["counts"]["measured"] == 1

@@ -1,0 +1,375 @@
+"""The habits of the stage 1 pipeline: batching, saving, generators, schedulers, callbacks. Its numbers are in test_zero123plus_parity."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+
+from one2345pp.errors import InputError
+from one2345pp.models.attention_reference import reference_attention
+from one2345pp.pipelines.pipeline_multiview_tile import MultiViewTilePipeline, composite_on_grey
+from one2345pp.training.multiview import build_components
+
+
+SIZE = 16
+COMPONENTS = {
+    "vae": {
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+    },
+    "unet": {
+        "sample_size": [24, 16],
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [8, 16],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": [2, 4],
+        "cross_attention_dim": 16,
+        "use_linear_projection": True,
+    },
+    "text_encoder": {
+        "vocab_size": 514,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 8,
+        "projection_dim": 16,
+        "bos_token_id": 512,
+        "eos_token_id": 513,
+        "pad_token_id": 513,
+    },
+    "vision_encoder": {
+        "image_size": 16,
+        "patch_size": 8,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "projection_dim": 16,
+    },
+    "scheduler": {
+        "_class_name": "EulerAncestralDiscreteScheduler",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "linear",
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+    },
+}
+
+
+def make_pipe(**kwargs) -> MultiViewTilePipeline:
+    components = build_components({"components": COMPONENTS, "view_size": SIZE, "seed": 0})
+    pipe = MultiViewTilePipeline(**components, view_size=SIZE, default_num_inference_steps=2, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe() -> MultiViewTilePipeline:
+    return make_pipe()
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (24, 24, 4), np.uint8)) for _ in range(2)]
+
+
+def seed(value: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(value)
+
+
+def latent(pipe, image, **kwargs) -> torch.Tensor:
+    kwargs.setdefault("generator", seed())
+    return pipe(image, output_type="latent", **kwargs).images
+
+
+# --- what every diffusers pipeline does ------------------------------------------------------------------------------
+
+
+def test_call_signature():
+    names = list(inspect.signature(MultiViewTilePipeline.__call__).parameters)
+    expected = """self image prompt negative_prompt num_inference_steps guidance_scale num_images_per_prompt height width
+        generator latents control_image output_type return_dict callback_on_step_end callback_on_step_end_tensor_inputs
+        cross_attention_kwargs"""
+    assert names == expected.split()
+
+
+def test_dict_tuple_outputs_equivalent(pipe, images):
+    as_dict = pipe(images[0], generator=seed(), output_type="pt")
+    as_tuple = pipe(images[0], generator=seed(), output_type="pt", return_dict=False)
+    assert torch.equal(as_dict.images, as_tuple[0]) and torch.equal(as_dict.views, as_tuple[1])
+
+
+def test_inference_batch_single_identical(pipe, images):
+    """Oracle: with a generator a tile, each image of a batch gets the tile that it gets alone."""
+    batch = latent(pipe, images, generator=[seed(1), seed(2)])
+    for index in range(2):
+        alone = latent(pipe, images[index], generator=[seed(1 + index)])
+        torch.testing.assert_close(batch[index : index + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_num_images_per_prompt(pipe, images):
+    """Oracle: tiles of one image stand together, each as its own generator alone would draw it."""
+    tiles = latent(pipe, images, num_images_per_prompt=2, generator=[seed(i) for i in range(4)])
+    assert len(tiles) == 4 and not torch.allclose(tiles[0], tiles[1])
+    torch.testing.assert_close(tiles[2:3], latent(pipe, images[1], generator=seed(2)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_save_load_local(pipe, images, guidance_scale, tmp_path):
+    """Also saved after a call: every component is still its own class."""
+    before = latent(pipe, images[0], guidance_scale=guidance_scale)
+    pipe.save_pretrained(tmp_path)
+    loaded = MultiViewTilePipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.unet) is type(pipe.unet) and loaded.config.view_size == SIZE
+    assert torch.equal(before, latent(loaded, images[0], guidance_scale=guidance_scale))
+
+
+def test_components_rebuild_the_pipeline(pipe, images):
+    again = MultiViewTilePipeline(**pipe.components, view_size=SIZE, default_num_inference_steps=2)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(latent(pipe, images[0]), latent(again, images[0]))
+
+
+def test_callback_sees_and_changes_latents(pipe, images):
+    seen = []
+
+    def zero(pipe, step, timestep, tensors):
+        seen.append((step, tuple(tensors["latents"].shape)))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    out = latent(pipe, images[0], num_inference_steps=3, callback_on_step_end=zero)
+    assert seen == [(step, (1, 4, 24, 16)) for step in range(3)]
+    assert torch.allclose(out, torch.full_like(out, 0.22))  # zero latents after the inverse affine
+
+
+def test_interrupt_stops_the_steps(pipe, images):
+    steps = []
+
+    def stop(pipe, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = True
+        return {}
+
+    latent(pipe, images[0], num_inference_steps=4, callback_on_step_end=stop)
+    assert steps == [0]
+
+
+def test_call_leaves_components_as_they_were(pipe, images):
+    """Even when the call fails half way."""
+
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    components = dict(pipe.components)
+    processors = dict(pipe.unet.attn_processors)
+    weights = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    latent(pipe, images[0])
+    with pytest.raises(RuntimeError):
+        latent(pipe, images[0], callback_on_step_end=fail)
+    assert all(pipe.components[name] is component for name, component in components.items())
+    assert all(pipe.unet.attn_processors[name] is processor for name, processor in processors.items())
+    assert all(torch.equal(weights[name], value) for name, value in pipe.unet.state_dict().items())
+
+
+def test_half_precision_runs(pipe, images):
+    tile = pipe.to(torch.bfloat16)(images[0], generator=seed(), output_type="pt").images
+    assert tile.isfinite().all()
+
+
+def test_lora_of_the_unet_and_its_scale(pipe, images):
+    """Oracle: a LoRA changes the tile, and with scale 0 does not."""
+    peft = pytest.importorskip("peft")
+    base = latent(pipe, images[0])
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe.unet.add_adapter(config)
+    assert not torch.allclose(base, latent(pipe, images[0]), atol=1e-4)
+    torch.testing.assert_close(latent(pipe, images[0], cross_attention_kwargs={"scale": 0.0}), base, atol=1e-5, rtol=1e-5)
+
+
+# --- what Zero123++'s own pipeline gets wrong ------------------------------------------------------------------------
+
+
+def test_generator_decides_every_draw(pipe, images):
+    """Oracle: the global generator is neither read nor moved; another seed gives another tile."""
+    first = latent(pipe, images[0], generator=seed(0))
+    torch.manual_seed(123)
+    state = torch.random.get_rng_state()
+    assert torch.equal(first, latent(pipe, images[0], generator=seed(0)))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert not torch.allclose(first, latent(pipe, images[0], generator=seed(1)))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler],
+)
+def test_scheduler_swap_takes_effect_at_once(pipe, images, scheduler):
+    """Oracle: after a call, a swapped scheduler gives what a fresh pipeline with that scheduler gives."""
+    latent(pipe, images[0])
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    fresh = make_pipe()
+    fresh.scheduler = scheduler.from_config(fresh.scheduler.config)
+    swapped = latent(pipe, images[0])
+    assert torch.equal(swapped, latent(fresh, images[0])) and swapped.isfinite().all()
+
+
+def test_reference_is_noised_by_the_current_scheduler(pipe, images):
+    """Oracle: add_noise of the registered scheduler is called once a step, with the step's own timestep."""
+    seen = []
+
+    class Spy(EulerAncestralDiscreteScheduler):
+        def add_noise(self, original_samples, noise, timesteps):
+            seen.append(timesteps.unique().item())
+            return super().add_noise(original_samples, noise, timesteps)
+
+    pipe.scheduler = Spy.from_config(pipe.scheduler.config)
+    latent(pipe, images[0], num_inference_steps=3)
+    assert seen == pipe.scheduler.timesteps.tolist()
+
+
+def test_guidance_of_one_runs_no_second_branch(pipe, images):
+    batches = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    latent(pipe, images[0], guidance_scale=1.0)
+    assert set(batches) == {1}
+    batches.clear()
+    latent(pipe, images[0], guidance_scale=1.5)
+    hook.remove()
+    assert set(batches) == {2}
+
+
+def test_call_without_numbers_uses_the_defaults_of_the_checkpoint(images):
+    pipe = make_pipe(default_guidance_scale=2.5)
+    assert torch.equal(latent(pipe, images[0]), latent(pipe, images[0], num_inference_steps=2, guidance_scale=2.5))
+    assert pipe.num_timesteps == 2 and pipe.guidance_scale == 2.5
+
+
+def test_prompt_and_image_reach_the_tile(pipe, images):
+    base = latent(pipe, images[0])
+    assert not torch.equal(base, latent(pipe, images[0], prompt="a red mug"))
+    assert not torch.equal(base, latent(pipe, images[0], negative_prompt="blurred"))
+    assert not torch.equal(base, latent(pipe, images[1]))
+
+
+# --- images in and out -----------------------------------------------------------------------------------------------
+
+
+def test_transparent_becomes_grey_and_opaque_stays():
+    """Oracle: the two ends of alpha, and an opaque picture of every mode unchanged."""
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (255, 0, 0, 0))
+    flat = composite_on_grey(image)
+    assert flat.mode == "RGB" and [flat.getpixel((x, 0)) for x in range(2)] == [(255, 0, 0), (127, 127, 127)]
+    white = Image.new("RGB", (2, 2), "white")
+    assert composite_on_grey(white).tobytes() == white.tobytes()
+    assert composite_on_grey(Image.new("L", (1, 1), 9)).getpixel((0, 0)) == (9, 9, 9)
+    palette = Image.new("P", (1, 1))
+    palette.info["transparency"] = 0
+    assert composite_on_grey(palette).getpixel((0, 0)) == (127, 127, 127)
+
+
+def test_rgba_equals_the_same_picture_on_grey(pipe, images):
+    assert torch.equal(latent(pipe, images[0]), latent(pipe, composite_on_grey(images[0])))
+
+
+def test_views_are_cut_in_row_major_order():
+    """Oracle: a tile whose cells hold their own number."""
+    numbers = torch.arange(6.0).view(3, 2).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    tile = numbers[None, None].expand(2, 3, 12, 8)
+    as_tensor = MultiViewTilePipeline.split_views(tile)
+    as_array = MultiViewTilePipeline.split_views(tile.permute(0, 2, 3, 1).numpy())
+    as_pil = MultiViewTilePipeline.split_views([Image.fromarray(numbers.byte().numpy())])
+    assert as_tensor.shape == (2, 6, 3, 4, 4) and as_array.shape == (2, 6, 4, 4, 3)
+    for view in range(6):
+        assert (as_tensor[:, view] == view).all() and (as_array[:, view] == view).all()
+        assert as_pil[0][view].size == (4, 4) and as_pil[0][view].getextrema() == (view, view)
+
+
+def test_output_types_agree(pipe, images):
+    outs = {kind: pipe(images, generator=seed(), output_type=kind) for kind in ("pil", "np", "pt", "latent")}
+    array = outs["np"].images
+    assert array.shape == (2, 48, 32, 3) and outs["latent"].views is None
+    np.testing.assert_allclose(outs["pt"].images.permute(0, 2, 3, 1).numpy(), array, atol=1e-6)
+    np.testing.assert_allclose(np.stack([np.asarray(tile) for tile in outs["pil"].images]) / 255, array, atol=3e-3)
+    assert [len(views) for views in outs["pil"].views] == [6, 6] and outs["pil"].views[0][0].size == (16, 16)
+
+
+def test_height_and_width_are_of_the_tile(pipe, images):
+    assert pipe(images[0], height=24, width=16, generator=seed()).images[0].size == (16, 24)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image": "mug.png"}, "PIL"),
+        ({"image": []}, "PIL"),
+        ({"prompt": ["a", "b", "c"]}, "one an image"),
+        ({"height": 50}, "multiple of 3"),
+        ({"width": 31}, "multiple of 2"),
+        ({"output_type": "jpg"}, "'latent'"),
+        ({"control_image": Image.new("RGB", (4, 4))}, "ControlNet"),
+        ({"latents": torch.zeros(1, 4, 2, 2)}, "shape"),
+        ({"generator": [torch.Generator()] * 3}, "one a tile"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "expected some of"),
+    ],
+)
+def test_unusable_input_is_refused_with_what_to_do(pipe, images, arguments, message):
+    with pytest.raises(InputError, match=message):
+        pipe(**{"image": images[0], **arguments})
+
+
+# --- reference attention ---------------------------------------------------------------------------------------------
+
+
+def test_reference_attention_is_attention_over_both_token_sets(pipe):
+    """Oracle: with the sample itself as the reference, every key is there twice, and softmax over twice the keys is the same mean."""
+    sample, timestep = torch.randn(2, 4, 8, 8, generator=seed()), torch.tensor([5, 5])
+    context = torch.randn(2, 8, 16, generator=seed())
+    with torch.no_grad():
+        plain = pipe.unet(sample, timestep, context).sample
+        with reference_attention(pipe.unet) as passes:
+            passes.write(sample, timestep, context)
+            assert len(passes.tokens) == sum("attn1" in name for name in pipe.unet.attn_processors)
+            same = passes.read(sample, timestep, context)
+            passes.write(sample.flip(0), timestep, context)
+            other = passes.read(sample, timestep, context)
+    torch.testing.assert_close(same, plain, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(other, plain, atol=1e-4)
+
+
+def test_gradients_reach_the_reference(pipe):
+    reference = torch.randn(1, 4, 8, 8, generator=seed(), requires_grad=True)
+    context, timestep = torch.zeros(1, 8, 16), torch.tensor([5])
+    with reference_attention(pipe.unet) as passes:
+        passes.write(reference, timestep, context)
+        passes.read(torch.zeros(1, 4, 8, 8), timestep, context).sum().backward()
+    assert reference.grad.abs().sum() > 0
+
+
+def test_vae_is_stock(pipe):
+    assert type(pipe.vae) is AutoencoderKL

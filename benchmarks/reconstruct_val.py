@@ -34,8 +34,6 @@ from one2345pp.geometry.render import contact_sheet, orbit, render
 
 METHODS = ("reconstruct", "generate", "hull", "silhouette")
 INPUT_ELEVATION = 10.0  # degrees; azimuth 0, the field of view and distance of `zero123plus-v1.2`
-TABLE_COLUMNS = ("f_score@0.01", "f_score@0.02", "f_score@0.05", "f_score@0.1", "chamfer_l2_mean", "normal_consistency")
-TABLE_COLUMNS += ("mask_iou", "psnr", "ssim")
 
 
 def main() -> None:
@@ -72,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--workers", type=int, default=1, help="processes of the evaluation")
     parser.add_argument("--points", type=int, default=100_000, help="samples of each surface")
+    parser.add_argument("--views", type=int, default=12, help="renders compared, 0 for geometry only")
     return parser.parse_args()
 
 
@@ -162,24 +161,24 @@ def measure(method: str, args: argparse.Namespace) -> dict | None:
     if not any(pred.glob("*.ply")):
         print(f"{method}: made no mesh", flush=True)
         return None
-    report = args.output / f"{method}.json"
+    settings = {"points": args.points, "views": args.views, "seed": args.seed}
     return evaluate(
-        pred, args.output / "gt", report, groups=args.index, workers=args.workers, points=args.points, seed=args.seed
+        pred, args.output / "gt", args.output / f"{method}.json", groups=args.index, workers=args.workers, **settings
     )
 
 
 def write_tables(reports: dict[str, dict], output: Path) -> None:
     """All methods side by side: `report.md` and `report.json`."""
-    header = ["method", "alignment", "tier", "objects", *TABLE_COLUMNS]
-    rows = []
+    rows, columns = [], []
     for method, report in reports.items():
         for alignment, summary in report["summary"].items():
             groups = {"all": {"objects": report["counts"]["measured"]} | summary["mean"], **report["groups"][alignment]}
+            columns = list(summary["mean"])
             for tier, means in groups.items():
-                rows.append(
-                    [method, alignment, tier, str(means["objects"]), *(f"{means[c]:.4f}" for c in TABLE_COLUMNS)]
-                )
+                numbers = [f"{means[column]:.4f}" for column in columns]
+                rows.append([method, alignment, tier, str(means["objects"]), *numbers])
     rows.sort(key=lambda row: (row[2] != "all", row[2], row[1]))
+    header = ["method", "alignment", "tier", "objects", *columns]
     lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
     lines.insert(1, "|" + " --- |" * len(header))
     lines += [

@@ -87,3 +87,58 @@ def tiny_multiview():
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def volume_components() -> dict:
+    """Components of a stage 2 pipeline, real classes: 8 coarse cells, 16 fine ones. Random weights; the last bias
+    makes what is occupied solid, so that there always is a mesh."""
+    from diffusers import DDIMScheduler
+
+    from one2345pp import ConditionEncoder, LogSNRScheduler, OccupancyUNet3DModel, SparseUNet3DModel
+
+    torch.manual_seed(0)
+    condition = {"channels": (8, 8), "image_size": 16, "stem_channels": (8,), "patch_channels": 0, "hidden_channels": 8}
+    unet = {"block_out_channels": (8, 8), "condition_channels": (8, 8), "global_channels": 8, "norm_num_groups": 4}
+    components = {
+        "occupancy_condition": ConditionEncoder(resolution=8, sparse=False, **condition),
+        "occupancy_unet": OccupancyUNet3DModel(sample_size=8, attention_levels=(), dropout=0.0, **unet),
+        "occupancy_scheduler": LogSNRScheduler(),
+        "sparse_condition": ConditionEncoder(resolution=16, sparse=True, **condition),
+        "sparse_unet": SparseUNet3DModel(sample_size=16, pixel_channels=4, **unet),
+        "sparse_scheduler": DDIMScheduler(
+            beta_start=1e-4, beta_end=0.02, prediction_type="sample", timestep_spacing="trailing", clip_sample=True
+        ),
+    }
+    with torch.no_grad():  # the last layers start at zero, which would make every object the same
+        for layer in (components["occupancy_unet"].conv_out, components["sparse_unet"].proj_out):
+            layer.weight.normal_(std=0.1)
+        components["sparse_unet"].proj_out.bias[0] -= 1
+    return components
+
+
+@pytest.fixture(scope="session")
+def tiny_chain_folder(tmp_path_factory):
+    """The whole chain with random weights, saved."""
+    from one2345pp import One2345PlusPlusPipeline
+
+    folder = tmp_path_factory.mktemp("tiny_chain")
+    texture = {"resolution": 8, "components": 2, "feature_channels": 4, "hidden": 8, "batch_size": 64}
+    One2345PlusPlusPipeline(
+        **multiview_components(),
+        **volume_components(),
+        multiview_config={"view_size": 16, "default_num_inference_steps": 1, "default_guidance_scale": 2.0},
+        volume_config={"default_num_occupancy_steps": 2, "default_num_sparse_steps": 2},
+        texture_config=texture
+        | {"default_num_inference_steps": 2, "default_texture_size": 64, "default_max_faces": 300},
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_chain(tiny_chain_folder):
+    """The whole chain with random weights, loaded."""
+    from one2345pp import One2345PlusPlusPipeline
+
+    pipe = One2345PlusPlusPipeline.from_pretrained(tiny_chain_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

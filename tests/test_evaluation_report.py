@@ -94,7 +94,8 @@ def test_truth_is_normalised_only_when_asked():
     """Oracle: a truth far from the origin meets its own copy in the same place only without normalisation."""
     mesh = shape(0)
     settings = {"points": 4_000, "views": 0, "alignments": ("none",)}
-    assert evaluate_pair(mesh, mesh, Settings(**settings, normalize_gt=False))["none"]["f_score@0.05"] > 0.99
+    same = evaluate_pair(mesh, mesh, Settings(**settings, normalize_gt=False))["none"]
+    assert same["f_score@0.05"] > 0.99 and same["chamfer_l2_mean"] > 0.003  # sampling noise: the two draws differ
     assert evaluate_pair(mesh, mesh, Settings(**settings))["none"]["f_score@0.05"] == 0.0
 
 

@@ -6,7 +6,6 @@ import inspect
 import math
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -16,6 +15,15 @@ from one2345pp.schedulers.scheduling_log_snr import LogSNRScheduler
 
 
 PREDICTIONS = ("sample", "epsilon", "v_prediction")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: waiting for a second thread costs more than it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -55,8 +63,8 @@ def test_cosine_schedule_is_the_squared_cosine():
 
 def test_linear_schedule_is_the_limit_of_ddpm_with_linear_betas():
     """Oracle: DDPM's cumulated alphas with betas 1e-4..0.02, so stock schedulers serve a network trained with either."""
-    ours = LogSNRScheduler().log_snr(torch.arange(1000)).sigmoid()
-    assert (ours - DDPMScheduler(beta_start=1e-4, beta_end=0.02).alphas_cumprod).abs().max() < 6e-3
+    ours = LogSNRScheduler().log_snr(torch.arange(1000)).sigmoid().sqrt()
+    assert (ours - DDPMScheduler(beta_start=1e-4, beta_end=0.02).alphas_cumprod.sqrt()).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("name", LogSNRScheduler._compatibles)
@@ -66,7 +74,8 @@ def test_compatibles(name):
     stock = getattr(diffusers, name).from_config(ours.config)
     assert stock.config.prediction_type == "sample"
     assert stock.config.num_train_timesteps == 1000
-    assert (stock.alphas_cumprod - ours.log_snr(torch.arange(1000)).sigmoid()).abs().max() < 6e-3
+    difference = stock.alphas_cumprod.sqrt() - ours.log_snr(torch.arange(1000)).sigmoid().sqrt()
+    assert difference.abs().max() < 0.01
 
 
 # --- the checks of diffusers' SchedulerCommonTest that apply ---------------------------------------------------------
@@ -77,7 +86,7 @@ def test_from_save_pretrained(tmp_path):
     scheduler.save_pretrained(tmp_path)
     loaded = LogSNRScheduler.from_pretrained(tmp_path)
     assert loaded.config == scheduler.config
-    assert isinstance(diffusers.SchedulerMixin, type) and isinstance(loaded, diffusers.SchedulerMixin)
+    assert loaded.config.sign_step_threshold == 0.7 and not loaded.config.stochastic
 
 
 def test_step_shape(rng):
@@ -176,7 +185,7 @@ def test_full_loop_with_a_perfect_model_returns_the_sample(prediction_type, stoc
 @pytest.mark.parametrize("stochastic", [True, False], ids=["ancestral", "ddim"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_step_has_the_marginals_of_the_forward_process(schedule, stochastic, rng):
-    """Oracle: x_t ~ q(x_t | x0) moved by a step with the true x0 is distributed as q(x_s | x0), mean alpha_s x0, variance sigma_s^2."""
+    """Oracle: x_t ~ q(x_t | x0), moved by a step with the true x0, follows q(x_s | x0): mean alpha_s x0, deviation sigma_s."""
     scheduler = LogSNRScheduler(log_snr_schedule=schedule, stochastic=stochastic, clip_sample=False)
     scheduler.set_timesteps(4)
     count, x0 = 400_000, torch.tensor(0.6)
@@ -203,37 +212,31 @@ def test_ancestral_step_correlates_with_the_current_sample_as_the_forward_proces
 
 
 def test_the_best_estimator_samples_the_data(rng):
-    """Oracle: for Gaussian data the posterior mean is known; sampling with it must return the data's mean and spread."""
+    """Oracle: for Gaussian data the posterior mean is known; sampling with it must return the data's mean and spread
+    (up to the spread that a finite number of steps loses)."""
     mean, spread = 0.3, 0.2
     for stochastic in (True, False):
         scheduler = LogSNRScheduler(stochastic=stochastic, clip_sample=False)
-        scheduler.set_timesteps(200)
-        sample = torch.randn(50_000, generator=rng)
+        scheduler.set_timesteps(250)
+        sample = torch.randn(10_000, generator=rng)
         for timestep in scheduler.timesteps:
             alpha, sigma = alpha_sigma(scheduler, timestep)
             gain = alpha * spread**2 / (alpha**2 * spread**2 + sigma**2)
             sample = scheduler.step(mean + gain * (sample - alpha * mean), timestep, sample, generator=rng).prev_sample
         assert sample.mean().item() == pytest.approx(mean, abs=0.01)
-        assert sample.std().item() == pytest.approx(spread, abs=0.015)
+        assert sample.std().item() == pytest.approx(spread, abs=0.02)
 
 
-def test_deterministic_steps_agree_with_ddim(rng):
-    """Oracle: diffusers' DDIM between the same noise levels; only the schedules' small difference is left."""
+def test_deterministic_step_agrees_with_ddim(rng):
+    """Oracle: diffusers' DDIM made from our configuration, over the same timesteps; the schedules' small difference is left."""
     ours = LogSNRScheduler(stochastic=False)
-    stock = DDIMScheduler.from_config(ours.config, timestep_spacing="linspace")
-    ours.set_timesteps(10)
+    stock = DDIMScheduler.from_config(ours.config)
     stock.set_timesteps(10)
-    ours.timesteps = torch.cat([stock.timesteps.float(), torch.zeros(1)])[:10]
-    sample = torch.randn(1000, generator=rng)
-    output = torch.rand(1000, generator=rng) * 2 - 1
-    ours_next = ours.step(output, 666, sample).prev_sample
-    stock_next = stock.step(output, 666, sample).prev_sample
-    alpha, _ = alpha_sigma(ours, ours.timesteps[4])
-    assert np.isclose(float(stock.timesteps[3]), 666) and alpha > 0
-    # DDIM takes its next level 1000 // 10 timesteps on, ours takes the next of its list: 100 against 111
-    ours.timesteps = torch.tensor([666.0, 566.0])
-    ours_next = ours.step(output, 666, sample).prev_sample
-    torch.testing.assert_close(ours_next, stock_next, atol=0.05, rtol=0)
+    ours.timesteps = stock.timesteps.float()
+    sample, output = torch.randn(1000, generator=rng), torch.rand(1000, generator=rng) * 2 - 1
+    for timestep in stock.timesteps[:9]:
+        expected = stock.step(output, timestep, sample).prev_sample
+        torch.testing.assert_close(ours.step(output, timestep, sample).prev_sample, expected, atol=0.05, rtol=0.05)
 
 
 def test_sign_step_below_the_threshold_only(rng):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,6 @@ from diffusers.models.autoencoders import vae as diffusers_vae
 from diffusers.schedulers import scheduling_euler_ancestral_discrete
 from PIL import Image
 
-import diffusers
 from one2345pp.pipelines import pipeline_multiview_tile
 from one2345pp.pipelines.pipeline_multiview_tile import MultiViewTilePipeline
 

@@ -34,16 +34,16 @@ def align_yaw_icp(
     yaws: int = 24,
     threshold: float = 0.05,
     search_points: int = 1_500,
-    final_points: int = 20_000,
+    final_points: int = 10_000,
     search_iterations: int = 15,
     final_iterations: int = 20,
     candidates: int = 8,
 ) -> Alignment:
     """Find the similarity that brings the prediction closest to the truth.
 
-    Every yaw about +Y starts with centred boxes and equal longest sides. The `candidates` best starts go through ICP on
-    few points, and the one with the best inlier ratio on many points through ICP on those. Near ties go to the smaller
-    distance, then to the smaller turn.
+    Starts are the pose as it stands, and every yaw about +Y with centred boxes and equal longest sides. The `candidates`
+    best starts go through ICP on few points, and the one with the best inlier ratio on many points through ICP on those.
+    Near ties go to the smaller distance, then to the smaller turn.
 
     Args:
         pred: Points of the prediction.
@@ -60,7 +60,8 @@ def align_yaw_icp(
     """
     few_pred, few_truth = pred.first(search_points), truth.first(search_points)
     turns = sorted((360 * i / yaws for i in range(yaws)), key=lambda degrees: min(degrees, 360 - degrees))
-    starts = [_match(few_pred, few_truth, _start(few_pred, few_truth, yaw), threshold)[0] for yaw in turns]
+    poses = [np.eye(4)] + [_start(few_pred, few_truth, yaw) for yaw in turns]
+    starts = [_match(few_pred, few_truth, pose, threshold)[0] for pose in poses]
     starts = sorted(starts, key=_rank, reverse=True)[:candidates]
     found = [_icp(few_pred, few_truth, start.matrix, threshold, search_iterations) for start in starts]
     many_pred, many_truth = pred.first(final_points), truth.first(final_points)

@@ -5,6 +5,8 @@ Nothing in the pipelines uses them. Axes: V views, H W pixels, X Y Z grid.
 
 from __future__ import annotations
 
+import math
+
 import mcubes
 import numpy as np
 import torch
@@ -103,6 +105,9 @@ def extruded_silhouette(
     )
     if picture.ndim == 3:
         premultiplied = torch.cat([picture[..., :3] * mask[..., None], mask[..., None]], -1).permute(2, 0, 1)
+        # vertices may lie a cell outside the mask, where there is no colour: mean over two cells
+        reach = 2 * math.ceil(max(height, width) / resolution) + 1
+        premultiplied = F.avg_pool2d(premultiplied, reach, stride=1, padding=reach // 2)
         color = _sample(premultiplied, to_uv(torch.from_numpy(np.asarray(mesh.vertices[:, :2])).float()))
         mesh.visual.vertex_colors = _rgba8((color[:3] / color[3:].clamp(min=1e-6)).T)
     return normalize_to_sphere(mesh)

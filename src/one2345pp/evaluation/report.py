@@ -28,8 +28,8 @@ from .metrics import DEFINITIONS, THRESHOLDS, SurfacePoints, image_metrics, surf
 SUFFIXES = (".glb", ".obj", ".ply", ".stl")
 ALIGNMENTS = {
     "none": "both meshes as they stand",
-    "yaw-icp": "24 yaws about +Y with centred boxes and equal longest sides, the best 8 by ICP with scale (pairs of both directions), "
-    "best inlier ratio at 0.05 kept",
+    "yaw-icp": "starts as they stand and at 24 yaws about +Y with centred boxes and equal longest sides, the best 8 by ICP "
+    "with rotation, scale and shift (pairs of both directions), best inlier ratio at 0.05 kept",
 }
 
 

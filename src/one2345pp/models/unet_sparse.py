@@ -214,7 +214,7 @@ class SparseResBlock(nn.Module):
         self.norm2 = SparseGroupNorm(_num_groups(norm_num_groups, out_channels), out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = SparseConv3d(out_channels, out_channels)
-        self.shortcut = nn.Linear(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
+        self.shortcut = nn.Linear(in_channels, out_channels) if in_channels != out_channels else None
         nn.init.zeros_(self.conv2.weight)  # a new block is its shortcut
         nn.init.zeros_(self.conv2.bias)
 
@@ -225,7 +225,9 @@ class SparseResBlock(nn.Module):
         norm = self.norm2  # its scale and shift joined with those of the time: one pass over the voxels
         residual = group_norm(residual, norm.num_groups, norm.weight * scale, norm.bias * scale + shift, grid, norm.eps)
         residual = self.conv2(self.dropout(F.silu(residual)), grid)
-        return self.shortcut(hidden) + residual
+        if self.shortcut is not None:
+            hidden = self.shortcut(hidden)
+        return hidden + residual
 
 
 class PixelBlend(nn.Module):

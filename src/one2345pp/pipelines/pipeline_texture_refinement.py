@@ -1,6 +1,6 @@
-"""Stage 3: a mesh and pictures of it to the same mesh with a texture. Geometry is never moved, only decimated to a budget.
+"""Stage 3: a mesh and pictures of it to the same mesh with a texture. Nothing moves; dense meshes are decimated first.
 
-A colour field is fitted to the views where they see the surface and baked; what no view sees keeps the mesh's own colours.
+A colour field is fitted to the views where they see the surface and baked; what no view sees keeps the mesh's colours.
 """
 
 # V views, R raster pixels along an edge, P points, T texels
@@ -239,7 +239,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
                 )
             for picture in pictures:
                 if picture.width != picture.height:
-                    raise InputError(f"views: got a {picture.width}x{picture.height} image, expected square ones. Pad it.")
+                    raise InputError(f"views: got a {picture.width}x{picture.height} image, expected squares. Pad it.")
 
     def observe(
         self, mesh: trimesh.Trimesh, views: Sequence[Image.Image], rig: CameraRig, rasterizer: str = "auto"
@@ -280,7 +280,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         self, mesh: trimesh.Trimesh, visibility: Visibility, generator: torch.Generator | None, count: int = 30000
     ) -> SurfaceSamples:
         """The mesh's own colours at random points of its surface, weighted by how little the views see there."""
-        areas = torch.from_numpy(np.asarray(mesh.area_faces)).float()
+        areas = torch.from_numpy(np.array(mesh.area_faces, np.float32))
         face_ids = torch.multinomial(areas, count, replacement=True, generator=generator).numpy()
         u, v = torch.rand(2, count, generator=generator)
         u, v = torch.where(u + v > 1, 1 - u, u), torch.where(u + v > 1, 1 - v, v)
@@ -302,8 +302,8 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
     ) -> ColorField:
         """Fit a colour field to the samples by weighted least squares.
 
-        Half of each batch is asked with the surface normal in place of the viewing direction, because that is how the field is
-        baked, and few views leave the normal's own direction unseen.
+        Half of each batch is asked with the surface normal in place of the viewing direction, because that is how the
+        field is baked, and with few views hardly any sees a point along its normal.
         """
         config = self.config
         # tensors made under a caller's inference_mode could not be trained
@@ -317,6 +317,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
                     {"params": [*field.basis.parameters(), *field.mlp.parameters()], "lr": config.mlp_lr},
                 ],
                 betas=(0.9, 0.99),
+                fused=True,
             )
             decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1 ** (1 / max(num_inference_steps, 1)))
             for step in self.progress_bar(range(num_inference_steps)):
@@ -345,7 +346,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         visibility: Visibility,
         texture_size: int,
     ) -> trimesh.Trimesh:
-        """Write the field into a texture, seen along the surface normal, and the mesh's own colours where no view sees."""
+        """Write a texture: the field seen along the surface normal, and the mesh's own colours where no view sees."""
         face_ids, barycentrics, texels = texel_samples(atlas, texture_size)
         colors = torch.from_numpy(surface_colors(mesh, face_ids, barycentrics)).float()
         if field is not None:
@@ -388,7 +389,7 @@ def _weighted_error(colors: Tensor, samples: SurfaceSamples) -> Tensor:
 
 
 def _enlarged(view: Image.Image, size: int) -> tuple[Tensor, Tensor]:
-    """Colour `[R, R, 3]` and alpha `[R, R]` in [0, 1]; colours of transparent pixels do not bleed into their neighbours."""
+    """Colour `[R, R, 3]` and alpha `[R, R]` in [0, 1]; colours of transparent pixels do not bleed into others."""
     rgba = torch.from_numpy(np.asarray(key_background(view).convert("RGBA"), np.float32) / 255)
     alpha = rgba[..., 3:]
     premultiplied = torch.cat([rgba[..., :3] * alpha, alpha], -1).permute(2, 0, 1)[None]
@@ -397,7 +398,7 @@ def _enlarged(view: Image.Image, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _inside(mask: np.ndarray, depth: np.ndarray, pixel: np.ndarray) -> np.ndarray:
-    """Raster pixels to the nearest silhouette, `[R, R]`: the mask's border, or a jump in depth steeper than any seen slope."""
+    """Pixels to the nearest silhouette, `[R, R]`: the mask's border, or a jump in depth steeper than slopes that count."""
     near = np.where(mask, depth, np.inf)
     low = ndimage.minimum_filter(near, 3, mode="nearest")
     high = ndimage.maximum_filter(np.where(mask, depth, -np.inf), 3, mode="nearest")

@@ -5,24 +5,26 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class GlobalVector:
-    """Image embedding of input pictures, or nothing when no encoder is given.
+    """Image embedding of input pictures, or nothing when no pipeline is given.
 
     Args:
-        folder: Folder of a `CLIPVisionModelWithProjection`, or `None`.
+        folder: Folder of a `MultiViewTilePipeline`, whose `vision_encoder` and `feature_extractor_clip` are used, or `None`.
     """
 
     def __init__(self, folder: str | None):
         self.encoder = None
         if folder is not None:
-            from transformers import CLIPVisionModelWithProjection
-
-            self.encoder = CLIPVisionModelWithProjection.from_pretrained(folder).eval().requires_grad_(False)
+            load = {"pretrained_model_name_or_path": folder}
+            self.encoder = CLIPVisionModelWithProjection.from_pretrained(**load, subfolder="vision_encoder")
+            self.encoder.eval().requires_grad_(False)
+            extractor = CLIPImageProcessor.from_pretrained(**load, subfolder="feature_extractor_clip")
+            self.mean = torch.tensor(extractor.image_mean).view(3, 1, 1)
+            self.std = torch.tensor(extractor.image_std).view(3, 1, 1)
 
     @torch.no_grad()
     def __call__(
@@ -36,8 +38,8 @@ class GlobalVector:
         rgb = pictures[:, :3] * alpha + (1 - alpha) * (127 / 255)
         size = self.encoder.config.image_size
         rgb = F.interpolate(rgb, size=(size, size), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
-        mean, std = rgb.new_tensor(CLIP_MEAN).view(3, 1, 1), rgb.new_tensor(CLIP_STD).view(3, 1, 1)
-        embeds = self.encoder.to(pictures.device)((rgb - mean) / std).image_embeds
+        rgb = (rgb - self.mean.to(rgb)) / self.std.to(rgb)
+        embeds = self.encoder.to(pictures.device)(rgb).image_embeds
         return F.normalize(embeds, dim=-1) * embeds.shape[-1] ** 0.5
 
     def dropped(

@@ -24,7 +24,7 @@ DEFAULTS = {
     "condition_dropout": 0.1,
     "vector_dropout": 0.2,  # of the global vector alone: views may come without their input picture
     "self_condition": 0.5,  # probability of a first prediction fed back (LAS-Diffusion)
-    "vision_encoder": None,  # folder of a CLIP vision model, for the global vector
+    "multiview": None,  # folder of a first stage, whose image encoder gives the global vector
 }
 
 
@@ -44,7 +44,7 @@ class OccupancyObjective:
         self.augmentation = {**training_views.DEFAULTS, **config.get("views", {})}
         self.threshold = self.settings["occupancy_threshold"] / truncation_cells
         self.validation = validation
-        self.global_vector = GlobalVector(self.settings["vision_encoder"])
+        self.global_vector = GlobalVector(self.settings["multiview"])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.get("training", {}).get("seed", 0))
             condition = ConditionEncoder(**config["condition"])

@@ -187,4 +187,4 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
         gathered = _with_zero_row(grad).index_select(0, inverse.reshape(-1))
-        return gathered.view(*inverse.shape, -1).sum(1), None, None
+        return gathered.view(*inverse.shape, grad.shape[1]).sum(1), None, None

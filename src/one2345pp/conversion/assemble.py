@@ -1,0 +1,77 @@
+"""Trained stages to one self-contained checkpoint folder. Reading other projects' checkpoints lives in the other modules here."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError
+from ..models.condition_encoder import ConditionEncoder
+from ..models.unet_occupancy import OccupancyUNet3DModel
+from ..models.unet_sparse import SparseUNet3DModel
+from ..pipelines.pipeline_multiview_tile import MultiViewTilePipeline
+from ..pipelines.pipeline_one2345plusplus import One2345PlusPlusPipeline
+from ..pipelines.pipeline_sparse_volume import SparseVolumeDiffusionPipeline
+from ..pipelines.pipeline_texture_refinement import TextureRefinementPipeline
+from ..schedulers.scheduling_log_snr import LogSNRScheduler
+
+
+logger = logging.getLogger(__name__)
+
+TRUNCATION_CELLS = 3.2
+
+
+def assemble(
+    multiview: Path,
+    occupancy: Path,
+    sparse: Path,
+    output: Path,
+    *,
+    volume: dict | None = None,
+    texture: dict | None = None,
+    card: Path | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write the folder of a `One2345PlusPlusPipeline` from what the three trainings wrote.
+
+    Args:
+        multiview: Folder of a `MultiViewTilePipeline` (`train multiview` writes it as `pipeline`).
+        occupancy: Output of `train occupancy`: `occupancy_unet` and `occupancy_condition`.
+        sparse: Output of `train sparse`: `sparse_unet` and `sparse_condition`.
+        output: Folder to write; replaced when it is whole.
+        volume: Scalar arguments of `SparseVolumeDiffusionPipeline`, such as its default steps.
+        texture: Scalar arguments of `TextureRefinementPipeline`.
+        card: Model card, copied as `README.md`.
+        dtype: Of the weights on disk.
+    """
+    for folder in (multiview, occupancy, sparse):
+        if not Path(folder).is_dir():
+            raise InputError(f"{folder}: no such folder. Pass the outputs of the three trainings.")
+    sparse_unet = SparseUNet3DModel.from_pretrained(Path(sparse) / "sparse_unet")
+    first = MultiViewTilePipeline.from_pretrained(multiview)
+    second = SparseVolumeDiffusionPipeline(
+        occupancy_condition=ConditionEncoder.from_pretrained(Path(occupancy) / "occupancy_condition"),
+        occupancy_unet=OccupancyUNet3DModel.from_pretrained(Path(occupancy) / "occupancy_unet"),
+        occupancy_scheduler=LogSNRScheduler(sign_step_threshold=0.7),
+        sparse_condition=ConditionEncoder.from_pretrained(Path(sparse) / "sparse_condition"),
+        sparse_unet=sparse_unet,
+        sparse_scheduler=LogSNRScheduler(clip_sample=True),
+        vision_encoder=first.vision_encoder,
+        feature_extractor_clip=first.feature_extractor_clip,
+        **{"truncation": TRUNCATION_CELLS / sparse_unet.config.sample_size, **(volume or {})},
+    )
+    chain = One2345PlusPlusPipeline.from_stages(first, second, TextureRefinementPipeline(**(texture or {})))
+    chain.to(dtype=dtype)
+    output = Path(output)
+    partial = output.with_name(output.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    chain.save_pretrained(partial)
+    if card is not None:
+        shutil.copyfile(card, partial / "README.md")
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    logger.info("%s: %.1f MB", output, size / 1e6)

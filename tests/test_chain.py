@@ -1,0 +1,232 @@
+"""The chain: image or prompt to mesh with tiny real components; what is swapped is used, what is seeded is repeated."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from PIL import Image
+
+from one2345pp import (
+    CameraRig,
+    InputError,
+    MultiViewTilePipeline,
+    One2345PlusPlusPipeline,
+    SparseVolumeDiffusionPipeline,
+    TextureRefinementPipeline,
+)
+from one2345pp.data.shapes import shape
+from one2345pp.geometry.render import render
+from one2345pp.pipelines.pipeline_one2345plusplus import MULTIVIEW_COMPONENTS, VOLUME_COMPONENTS
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """A mug on white."""
+    rgba = Image.fromarray(render(shape("mug"), CameraRig.from_angles([0], 15, 0.7, 1.6), 64)[0])
+    white = Image.new("RGB", rgba.size, (255, 255, 255))
+    white.paste(rgba, mask=rgba.getchannel("A"))
+    return white
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def same(a, b) -> bool:
+    """Whether two outputs are equal in every byte that counts."""
+    return all(
+        x.vertices.tobytes() == y.vertices.tobytes()
+        and np.array_equal(x.visual.material.baseColorTexture, y.visual.material.baseColorTexture)
+        for x, y in zip(a.meshes, b.meshes, strict=True)
+    ) and all(
+        np.array_equal(np.asarray(v), np.asarray(w))
+        for six, other in zip(a.views, b.views, strict=True)
+        for v, w in zip(six, other, strict=True)
+    )
+
+
+def test_image_to_textured_mesh(tiny_chain, picture):
+    """The output has what it promises: a mesh with UVs and texture within budget, six RGBA views, volume, coarse mesh."""
+    out = tiny_chain(picture, generator=seeded())
+    (mesh,), (views,), (volume,), (coarse,) = out.meshes, out.views, out.volumes, out.coarse_meshes
+    assert mesh.visual.uv.shape == (len(mesh.vertices), 2) and len(mesh.faces) <= 300
+    assert mesh.visual.material.baseColorTexture.size == (64, 64)
+    assert [view.mode for view in views] == ["RGBA"] * 6
+    assert len(volume) > 0 and volume.resolution == 16
+    assert coarse.visual.kind == "vertex"
+    assert np.abs(mesh.vertices).max() <= 0.5 + 1 / 16
+
+
+def test_seed_decides_everything(tiny_chain, picture):
+    """The same generator state gives the same bytes even when the global one differs; another seed gives another mesh."""
+    torch.manual_seed(1)
+    first = tiny_chain(picture, generator=seeded())
+    torch.manual_seed(2)
+    assert same(first, tiny_chain(picture, generator=seeded()))
+    assert not same(first, tiny_chain(picture, generator=seeded(5)))
+
+
+def test_list_of_images_with_a_generator_each(tiny_chain, picture, tmp_path):
+    """A batch is its members: same results as one by one; files and pictures are taken alike."""
+    other = Image.fromarray(render(shape("chair"), CameraRig.from_angles([0], 15, 0.7, 1.6), 64)[0])
+    other.save(tmp_path / "chair.png")
+    both = tiny_chain([picture, str(tmp_path / "chair.png")], generator=[seeded(1), seeded(2)])
+    first, second = tiny_chain(picture, generator=seeded(1)), tiny_chain(other, generator=seeded(2))
+    assert both.meshes[0].vertices.tobytes() == first.meshes[0].vertices.tobytes()
+    assert both.meshes[1].vertices.tobytes() == second.meshes[0].vertices.tobytes()
+    assert np.array_equal(np.asarray(both.views[1][3]), np.asarray(second.views[0][3]))
+
+
+def test_chain_is_its_stages(tiny_chain, picture):
+    """Oracle: the stages called by hand, in order, with one generator."""
+    from one2345pp.pipelines.preprocess import frame_object, isolate_object, key_background
+
+    generator = seeded(3)
+    framed = frame_object(isolate_object(picture))
+    views = [key_background(view) for view in tiny_chain.multiview(framed, generator=generator).views[0]]
+    solid = tiny_chain.volume(views, cameras=tiny_chain.rig, image=framed, generator=generator)
+    mesh = tiny_chain.texture(solid.meshes[0], views, tiny_chain.rig, generator=generator).meshes[0]
+    out = tiny_chain(picture, generator=seeded(3))
+    assert mesh.vertices.tobytes() == out.meshes[0].vertices.tobytes()
+    assert np.array_equal(mesh.visual.material.baseColorTexture, out.meshes[0].visual.material.baseColorTexture)
+
+
+def test_swapped_parts_are_used_at_once(tiny_chain):
+    """Stages are built when asked for: never stale, and they share modules instead of copying them."""
+    tiny_chain.scheduler = EulerDiscreteScheduler.from_config(tiny_chain.scheduler.config)
+    tiny_chain.sparse_scheduler = DDPMScheduler.from_config(tiny_chain.sparse_scheduler.config)
+    assert isinstance(tiny_chain.multiview.scheduler, EulerDiscreteScheduler)
+    assert isinstance(tiny_chain.volume.sparse_scheduler, DDPMScheduler)
+    assert tiny_chain.multiview.unet is tiny_chain.unet
+    assert tiny_chain.multiview._progress_bar_config == {"disable": True}
+    assert tiny_chain.to(torch.float64).volume.sparse_unet.dtype == torch.float64
+
+
+def test_saved_chain_is_the_chain(tiny_chain, picture, tmp_path):
+    """Swapped scheduler and stage settings survive saving; the optional patch encoder stays absent."""
+    tiny_chain.scheduler = EulerDiscreteScheduler.from_config(tiny_chain.scheduler.config)
+    tiny_chain.save_pretrained(tmp_path)
+    again = One2345PlusPlusPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert again.patch_encoder is None
+    assert again.multiview.config.view_size == 16 and again.texture.config.hidden == 8
+    assert same(tiny_chain(picture, generator=seeded()), again(picture, generator=seeded()))
+
+
+def test_any_diffusers_program_runs_the_chain(tiny_chain_folder, fresh_python):
+    """A program that knows diffusers only loads the folder and gets meshes; our own schedulers can be overridden there."""
+    code = """
+import sys, torch, diffusers
+from PIL import Image
+scheduler = diffusers.DDIMScheduler.from_pretrained(sys.argv[1], subfolder="sparse_scheduler")
+pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True, occupancy_scheduler=scheduler)
+image = Image.new("RGBA", (64, 64)); image.paste((200, 30, 30, 255), (16, 16, 48, 48))
+out = pipe(image, generator=torch.Generator().manual_seed(0), refine=False)
+print(type(pipe).__module__, type(pipe.occupancy_scheduler).__name__, len(out.meshes[0].faces) > 0)
+"""
+    module, scheduler, good = fresh_python(code, tiny_chain_folder).split()
+    assert (module, scheduler, good) == (One2345PlusPlusPipeline.__module__, "DDIMScheduler", "True")
+
+
+def test_from_stages_shares_and_keeps_settings(tiny_chain, picture):
+    """A chain put together from stages computes what the original computes, on the same modules."""
+    chain = One2345PlusPlusPipeline.from_stages(tiny_chain.multiview, tiny_chain.volume, tiny_chain.texture)
+    chain.set_progress_bar_config(disable=True)
+    assert chain.unet is tiny_chain.unet and chain.occupancy_unet is tiny_chain.occupancy_unet
+    for name in ("multiview_config", "volume_config", "texture_config"):
+        assert dict(chain.config[name]).items() >= dict(tiny_chain.config[name]).items()
+    assert same(tiny_chain(picture, generator=seeded()), chain(picture, generator=seeded()))
+    assert One2345PlusPlusPipeline.from_stages(tiny_chain.multiview, tiny_chain.volume).config.texture_config
+
+
+def test_stages_save_and_load_alone(tiny_chain, tmp_path):
+    """Each stage is a pipeline of its own on disk, also the one without components and with absent optional ones."""
+    bare = SparseVolumeDiffusionPipeline(
+        **{name: getattr(tiny_chain, name) for name in VOLUME_COMPONENTS[:6]}, **tiny_chain.config.volume_config
+    )
+    for name, stage in {"m": tiny_chain.multiview, "v": tiny_chain.volume, "b": bare, "t": tiny_chain.texture}.items():
+        stage.save_pretrained(tmp_path / name)
+        again = type(stage).from_pretrained(tmp_path / name)
+        assert set(again.components) == set(stage.components)
+        assert {k: v for k, v in again.config.items() if k[0] != "_"} == {
+            k: v for k, v in stage.config.items() if k[0] != "_"
+        }
+    with pytest.raises(InputError, match="holds a SparseVolumeDiffusionPipeline"):
+        MultiViewTilePipeline.from_pretrained(tmp_path / "v")
+
+
+def test_component_lists_are_the_stages_signatures():
+    """A component added to a stage and forgotten in the chain would be silently absent."""
+    for stage, names in (
+        (MultiViewTilePipeline, MULTIVIEW_COMPONENTS),
+        (SparseVolumeDiffusionPipeline, VOLUME_COMPONENTS),
+    ):
+        parameters = inspect.signature(stage.__init__).parameters
+        components = [n for n, p in parameters.items() if p.default is p.empty or n in stage._optional_components]
+        assert sorted(components) == sorted(["self", *names])
+    assert {"self"} == {
+        n for n, p in inspect.signature(TextureRefinementPipeline.__init__).parameters.items() if p.default is p.empty
+    }
+
+
+def test_prompt_goes_through_the_text_to_image_pipeline(tiny_chain, picture):
+    """The prompt's picture is what the chain works on, drawn with the same generator; nothing is drawn for an image."""
+    seen = []
+
+    def text_to_image(prompt, generator):
+        seen.append((prompt, generator.initial_seed()))
+        return type("Output", (), {"images": [picture]})
+
+    out = tiny_chain(prompt="a red mug", text_to_image=text_to_image, generator=seeded(7))
+    assert seen == [("a red mug", 7)]
+    assert same(out, tiny_chain(picture, generator=seeded(7)))
+
+
+def test_without_refinement(tiny_chain, picture):
+    """Vertex colours stay, the face budget is kept, and tuples come on request."""
+    meshes, views, volumes, coarse = tiny_chain(
+        picture, refine=False, max_faces=100, generator=seeded(), return_dict=False
+    )
+    assert meshes[0].visual.kind == "vertex"
+    assert len(meshes[0].faces) <= 100 < len(coarse[0].faces)
+
+
+def test_callback_sees_the_diffusions(tiny_chain, picture):
+    """Called in each step of stages 1 and 2 with the stage that runs."""
+    calls = []
+
+    def callback(stage, step, timestep, tensors):
+        calls.append(type(stage).__name__)
+        return {}
+
+    tiny_chain(picture, num_inference_steps=3, num_occupancy_steps=4, num_sparse_steps=2, generator=seeded(), refine=False,
+               callback_on_step_end=callback)  # fmt: skip
+    assert calls == ["MultiViewTilePipeline"] * 3 + ["SparseVolumeDiffusionPipeline"] * 6
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({}, "got neither"),
+        ({"image": Image.new("RGB", (8, 8)), "prompt": "x"}, "got both"),
+        ({"prompt": "x"}, "text_to_image"),
+        ({"prompt": " ", "text_to_image": print}, "expected text"),
+        ({"image": []}, "empty list"),
+        ({"image": Image.new("RGB", (64, 64), (9, 9, 9))}, "flat colour"),
+        ({"image": "nowhere.png"}, "nowhere.png: no such file"),
+        ({"image": "x.png", "generator": [torch.Generator()] * 2}, "generator: got 2"),
+        ({"image": "x.png", "num_inference_steps": 0}, "num_inference_steps: got 0"),
+        ({"image": "x.png", "max_faces": 3}, "max_faces: got 3, expected at least 4"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_cannot_be_used_is_refused_before_any_work(tiny_chain, arguments, words):
+    """An InputError that says what; no diffusion step is taken."""
+
+    def never(*args):
+        raise AssertionError("a step was taken")
+
+    with pytest.raises(InputError, match=words):
+        tiny_chain(**arguments, callback_on_step_end=never)

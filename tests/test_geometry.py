@@ -1,0 +1,114 @@
+"""Rasterising, rendering and surface colours on shapes whose answer is known by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+
+from one2345pp.errors import InputError
+from one2345pp.geometry.cameras import CameraRig
+from one2345pp.geometry.framing import frame_object
+from one2345pp.geometry.mesh import load_mesh, normalize_to_sphere, surface_colors
+from one2345pp.geometry.rasterize import rasterize
+from one2345pp.geometry.render import contact_sheet, render, turntable
+
+
+@pytest.fixture
+def quad():
+    """A square on z=0, [-0.25, 0.25]^2, whose texture is red, green / blue, white (upper left, upper right / lower left, lower right)."""
+    vertices = np.array([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]]) / 4
+    texture = Image.fromarray(np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8).repeat(8, 0).repeat(8, 1))
+    visual = trimesh.visual.TextureVisuals(
+        uv=np.array([[0, 0], [1, 0], [1, 1], [0, 1]]),
+        material=trimesh.visual.material.PBRMaterial(baseColorTexture=texture),
+    )
+    return trimesh.Trimesh(vertices, [[0, 1, 2], [0, 2, 3]], visual=visual, process=False)
+
+
+FRONT = CameraRig.from_angles([0], [0], math.pi / 2, 0.5)  # sees [-0.5, 0.5]^2 on z=0
+
+
+def test_fragments_reproduce_the_pixels_points(quad):
+    """Oracle: barycentrics of the hit face give the point where the pixel's ray meets the plane, at depth 0.5."""
+    fragments = rasterize(quad, FRONT, 16)
+    assert fragments.mask[0].sum() == 64
+    assert fragments.mask[0, 4:12, 4:12].all()
+    rows, columns = np.nonzero(fragments.mask[0])
+    corners = quad.vertices[quad.faces[fragments.face_ids[0, rows, columns]]]
+    points = np.einsum("pij,pi->pj", corners, fragments.barycentrics[0, rows, columns])
+    assert points[:, 0] == pytest.approx((columns + 0.5) / 16 - 0.5, abs=1e-6)
+    assert points[:, 1] == pytest.approx(0.5 - (rows + 0.5) / 16, abs=1e-6)
+    assert fragments.depth[0, rows, columns] == pytest.approx(0.5, abs=1e-6)
+    assert np.isinf(fragments.depth[0][~fragments.mask[0]]).all()
+
+
+def test_picture_is_upright_and_transparent_outside(quad):
+    picture = render(quad, FRONT, 16, shading="none")[0]
+    assert picture[5, 5].tolist() == [255, 0, 0, 255]
+    assert picture[5, 10].tolist() == [0, 255, 0, 255]
+    assert picture[10, 5].tolist() == [0, 0, 255, 255]
+    assert (picture[:4, :, 3] == 0).all()
+
+
+def test_half_covered_pixels_keep_the_surfaces_colour(quad):
+    """Alpha is the covered share, colour is not darkened by the empty part."""
+    green = np.tile([0, 255, 0, 255], (4, 1)).astype(np.uint8)
+    shifted = trimesh.Trimesh(quad.vertices + [1 / 64, 0, 0], quad.faces, vertex_colors=green, process=False)
+    pixel = render(shifted, FRONT, 16, supersample=4, shading="none")[0][5, 12]
+    assert pixel.tolist() == [0, 255, 0, round(255 / 4)]
+
+
+def test_texture_repeats_outside_the_unit_square(quad):
+    wrapped = quad.copy()
+    wrapped.visual.uv = quad.visual.uv + 3
+    weights = np.array([[0.8, 0.1, 0.1], [0.1, 0.1, 0.8]])
+    ids = np.array([0, 1])
+    assert surface_colors(wrapped, ids, weights) == pytest.approx(surface_colors(quad, ids, weights), abs=1e-5)
+
+
+def test_vertex_face_and_plain_colours():
+    mesh = trimesh.creation.box()
+    mesh.visual = trimesh.visual.ColorVisuals(mesh, vertex_colors=np.tile([255, 0, 0, 255], (8, 1)))
+    assert surface_colors(mesh, np.array([0]), np.full((1, 3), 1 / 3)).tolist() == [[1, 0, 0]]
+    mesh.visual = trimesh.visual.ColorVisuals(mesh, face_colors=np.tile([0, 255, 0, 255], (12, 1)))
+    assert surface_colors(mesh, np.array([3]), np.full((1, 3), 1 / 3)).tolist() == [[0, 1, 0]]
+
+
+def test_normalised_mesh_touches_the_sphere_and_is_centred():
+    mesh = normalize_to_sphere(trimesh.creation.box((1, 2, 5)).apply_translation([3, 1, 0]))
+    assert mesh.bounds.mean(0) == pytest.approx(0, abs=1e-9)
+    assert np.linalg.norm(mesh.vertices, axis=1).max() == pytest.approx(0.5)
+
+
+def test_unusable_meshes_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no such"):
+        load_mesh(tmp_path / "none.glb")
+    (tmp_path / "bad.glb").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="bad.glb"):
+        load_mesh(tmp_path / "bad.glb")
+
+
+def test_unknown_rasterizer_is_refused(quad):
+    with pytest.raises(InputError, match="embree"):
+        rasterize(quad, FRONT, 8, rasterizer="opengl")
+
+
+def test_framed_object_is_centred_and_fills_its_share():
+    picture = np.zeros((60, 100, 4), np.uint8)
+    picture[10:20, 70:100] = [200, 10, 10, 255]
+    framed = np.asarray(frame_object(Image.fromarray(picture), 200, fill=0.75))
+    rows, columns = np.nonzero(framed[..., 3] > 127)
+    assert (columns.min(), columns.max()) == (25, 174)
+    assert (rows.min(), rows.max()) == (75, 124)
+    assert framed[100, 100].tolist() == [200, 10, 10, 255]
+
+
+def test_sheet_and_turntable_are_written(quad, tmp_path):
+    sheet = contact_sheet([[render(quad, FRONT, 16)[0]] * 3] * 2, 32, gap=2)
+    assert sheet.size == (3 * 34 + 2, 2 * 34 + 2)
+    turntable(quad, tmp_path / "turn.gif", frames=3, size=16)
+    assert Image.open(tmp_path / "turn.gif").n_frames == 3
+    with pytest.raises(InputError, match="gif"):
+        turntable(quad, tmp_path / "turn.avi", frames=1, size=16)

@@ -1,0 +1,238 @@
+"""Texture refinement on a ball with a known pattern, rendered into views."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from PIL import Image
+
+from one2345pp import CameraRig, TextureRefinementPipeline
+from one2345pp.errors import InputError
+from one2345pp.geometry.mesh import surface_colors
+from one2345pp.geometry.rasterize import rasterize
+
+
+GREY, RADIUS, VIEW = 0.5, 0.4, 48
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pattern(points):
+    """A smooth colour without any symmetry of the axes, far from grey."""
+    return 0.5 + 0.4 * np.sin(np.asarray(points) * [9.0, 7.0, 11.0] + [0.3, 1.1, 2.0])
+
+
+def grey_ball(subdivisions=3):
+    ball = trimesh.creation.icosphere(subdivisions=subdivisions, radius=RADIUS)
+    ball.visual.vertex_colors = np.full((len(ball.vertices), 4), [127, 127, 127, 255], np.uint8)
+    return ball
+
+
+def photograph(mesh, rig, size=VIEW, paint=pattern):
+    """RGBA views of the mesh with colours by position; the paint is evaluated where each pixel's ray meets the surface."""
+    fragments = rasterize(mesh, rig, size)
+    views = []
+    for ids, weights, mask in zip(fragments.face_ids, fragments.barycentrics, fragments.mask, strict=True):
+        picture = np.zeros((size, size, 4), np.uint8)
+        points = np.einsum("pij,pi->pj", mesh.triangles[ids[mask]], weights[mask])
+        picture[mask] = np.c_[np.rint(paint(points) * 255), np.full(len(points), 255)].astype(np.uint8)
+        views.append(Image.fromarray(picture))
+    return views
+
+
+@pytest.fixture
+def pipe():
+    pipe = TextureRefinementPipeline(
+        resolution=32,
+        components=8,
+        feature_channels=8,
+        hidden=32,
+        batch_size=2048,
+        grid_lr=0.05,
+        mlp_lr=5e-3,
+        default_num_inference_steps=100,
+        default_texture_size=128,
+        default_max_faces=5000,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def front_rig():
+    """Two cameras in front: the back of the ball is seen by none."""
+    return CameraRig.from_angles([-25, 25], [10, -5], math.radians(30), 0.5 / math.tan(math.radians(15)))
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+def sample(mesh, count=4000):
+    random = np.random.default_rng(0)
+    face_ids, weights = random.integers(0, len(mesh.faces), count), random.dirichlet(np.ones(3), count)
+    return np.einsum("pij,pi->pj", mesh.triangles[face_ids], weights), surface_colors(mesh, face_ids, weights)
+
+
+def psnr(colors, expected):
+    return -10 * math.log10(np.square(colors - expected).mean())
+
+
+def test_a_known_pattern_is_recovered_from_six_views(pipe):
+    """Oracle: the pattern itself, at random surface points away from the poles, which the six views see at a slant at best."""
+    rig = CameraRig.named("zero123plus-v1.2")
+    ball = grey_ball()
+    painted = pipe(ball, photograph(ball, rig), rig, generator=seeded()).meshes[0]
+    points, colors = sample(painted)
+    middle = np.abs(points[:, 1]) < 0.8 * RADIUS
+    assert psnr(colors[middle], pattern(points[middle])) > 27
+    assert psnr(colors[middle], np.full((middle.sum(), 3), GREY)) < 13  # so the bound above means something
+
+
+def test_unseen_surface_keeps_its_color_without_an_edge(pipe, front_rig):
+    """The back keeps the mesh's own grey exactly, the front takes the pattern, and neighbours in between never jump."""
+    ball = grey_ball()
+    painted = pipe(ball, photograph(ball, front_rig), front_rig, generator=seeded()).meshes[0]
+    points, colors = sample(painted, 8000)
+    back = points[:, 2] < -0.2
+    assert np.abs(colors[back] - 127 / 255).max() < 0.02
+    front = points[:, 2] > 0.3
+    assert psnr(colors[front], pattern(points[front])) > 27
+    tree = __import__("scipy.spatial", fromlist=["cKDTree"]).cKDTree(points)
+    pairs = tree.query_pairs(0.01, output_type="ndarray")
+    assert np.abs(colors[pairs[:, 0]] - colors[pairs[:, 1]]).max() < 0.2
+
+
+def test_occluded_surface_is_not_painted_with_what_hides_it(pipe):
+    """A red plate hangs in front of a ball. The ball's hidden side keeps its grey: nothing shines through."""
+    ball = grey_ball(2)
+    ball.apply_scale(0.5)
+    plate = trimesh.creation.box(extents=[0.6, 0.6, 0.02], transform=trimesh.transformations.translation_matrix([0, 0, 0.35]))
+    plate.visual.vertex_colors = np.full((8, 4), [127, 127, 127, 255], np.uint8)
+    scene = trimesh.util.concatenate([ball, plate])
+    rig = CameraRig.from_angles([0], [0], math.radians(30), 0.5 / math.tan(math.radians(15)))
+    views = photograph(scene, rig, paint=lambda p: np.tile([1.0, 0.0, 0.0], (len(p), 1)))
+    painted = pipe(scene, views, rig, generator=seeded()).meshes[0]
+    points, colors = sample(painted)
+    hidden = points[:, 2] < 0.3
+    shown = (points[:, 2] > 0.3599) & (np.abs(points[:, :2]) < 0.22).all(1)
+    assert np.abs(colors[hidden] - 127 / 255).max() < 0.02
+    assert shown.sum() > 50 and np.abs(colors[shown] - [1, 0, 0]).max() < 0.1
+    plate_back = (np.abs(points[:, 2] - 0.34) < 1e-4) & (np.abs(points[:, :2]) < 0.28).all(1)
+    assert plate_back.sum() > 50 and np.abs(colors[plate_back] - 127 / 255).max() < 0.02
+
+
+def test_transparent_pixels_are_ignored(pipe, front_rig):
+    """The same views with magenta where alpha is 0 give the same mesh, byte for byte."""
+    ball = grey_ball(2)
+    views = photograph(ball, front_rig)
+    spoiled = []
+    for view in views:
+        array = np.array(view)
+        array[array[..., 3] == 0, :3] = [255, 0, 255]
+        spoiled.append(Image.fromarray(array))
+    first, second = (pipe(ball, v, front_rig, num_inference_steps=3, generator=seeded()).meshes[0] for v in (views, spoiled))
+    assert texture(first).tobytes() == texture(second).tobytes()
+
+
+def texture(mesh):
+    return mesh.visual.material.baseColorTexture
+
+
+def test_same_seed_same_bytes(pipe, front_rig):
+    """Another seed differs, so the generator is really what decides; the global one is not used."""
+    ball = grey_ball(2)
+    views = photograph(ball, front_rig)
+
+    def run(seed, global_seed):
+        torch.manual_seed(global_seed)
+        generator = torch.Generator().manual_seed(seed)
+        return pipe(ball, views, front_rig, num_inference_steps=5, generator=generator).meshes[0].export(file_type="glb")
+
+    assert run(0, 1) == run(0, 2)
+    assert run(0, 1) != run(1, 1)
+
+
+def test_geometry_is_untouched_and_the_budget_kept(pipe, front_rig):
+    ball = grey_ball()
+    views = photograph(ball, front_rig)
+    before = ball.vertices.copy()
+    painted = pipe(ball, views, front_rig, num_inference_steps=1, generator=seeded()).meshes[0]
+    assert np.array_equal(painted.triangles, ball.triangles) and np.array_equal(ball.vertices, before)
+    small = pipe(ball, views, front_rig, num_inference_steps=1, max_faces=300, generator=seeded()).meshes[0]
+    assert len(small.faces) <= 300
+    assert texture(small).size == (128, 128)
+    assert small.visual.material.metallicFactor == 0 and small.visual.material.roughnessFactor == 1
+
+
+def test_no_steps_bake_the_meshs_own_colors(pipe, front_rig):
+    ball = grey_ball()
+    views = photograph(ball, front_rig)
+    ball.visual.vertex_colors = np.c_[np.rint(pattern(ball.vertices) * 255), np.full(len(ball.vertices), 255)].astype(np.uint8)
+    points, colors = sample(pipe(ball, views, front_rig, num_inference_steps=0).meshes[0])
+    assert psnr(colors, pattern(points)) > 30
+
+
+def test_views_may_have_any_size_and_plain_rgb(pipe, front_rig):
+    """A smaller view beside a larger one, one of them `RGB` on a tile's grey: the pattern is still found."""
+    ball = grey_ball()
+    views = photograph(ball, front_rig, 64)
+    flat = Image.new("RGB", views[0].size, (127, 127, 127))
+    flat.paste(views[0], mask=views[0].getchannel("A"))
+    views = [flat, views[1].resize((40, 40), Image.Resampling.BOX)]
+    points, colors = sample(pipe(ball, views, front_rig, generator=seeded()).meshes[0])
+    front = points[:, 2] > 0.3
+    assert psnr(colors[front], pattern(points[front])) > 23
+
+
+def test_lists_of_meshes_and_tuples(pipe, front_rig):
+    balls = [grey_ball(2), grey_ball(1)]
+    views = [photograph(ball, front_rig) for ball in balls]
+    (meshes,) = pipe(balls, views, front_rig, num_inference_steps=1, generator=seeded(), return_dict=False)
+    assert [len(mesh.faces) for mesh in meshes] == [320, 80]
+
+
+def test_callback_sees_every_step_and_works_in_inference_mode(pipe, front_rig):
+    losses = []
+    ball = grey_ball(2)
+    with torch.inference_mode():
+        pipe(
+            ball,
+            photograph(ball, front_rig),
+            front_rig,
+            num_inference_steps=20,
+            generator=seeded(),
+            callback_on_step_end=lambda pipe, step, t, kwargs: losses.append(kwargs["loss"]),
+        )
+    assert len(losses) == 20 and losses[-1] < losses[0] / 2
+
+
+def test_wrong_input_is_refused_before_any_work(pipe, front_rig):
+    ball = grey_ball(1)
+    views = photograph(ball, front_rig)
+    with pytest.raises(InputError, match="got 2 images for rig 'zero123plus-v1.2', which has 6 cameras"):
+        pipe(ball, views)
+    with pytest.raises(InputError, match="expected squares"):
+        pipe(ball, [views[0], views[1].crop((0, 0, 48, 40))], front_rig)
+    with pytest.raises(InputError, match="with faces"):
+        pipe(trimesh.Trimesh(), views, front_rig)
+    with pytest.raises(InputError, match="none of them shows"):
+        pipe(ball, [Image.new("RGBA", (48, 48))] * 2, front_rig)
+    with pytest.raises(InputError, match="nvdiffrast is not installed"):
+        pipe(ball, views, front_rig, rasterizer="nvdiffrast")
+    with pytest.raises(InputError, match="one list a mesh"):
+        pipe([ball, ball], [views], front_rig)
+
+
+def test_saves_and_loads_its_settings(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = TextureRefinementPipeline.from_pretrained(tmp_path)
+    assert loaded.config.resolution == 32 and loaded.config.default_texture_size == 128

@@ -1,0 +1,220 @@
+"""Stage 1 training: what the objectives see, each phase for two steps, and going on. How well it learns is not tested here."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+from test_multiview_pipeline import COMPONENTS, SIZE
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from one2345pp.errors import InputError
+from one2345pp.pipelines.pipeline_multiview_tile import MultiViewTilePipeline, scale_latents
+from one2345pp.training import multiview
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PHASE = {"minutes": 60, "max_steps": 2, "batch_size": 2, "lr": 1e-3, "warmup_steps": 1}
+CONFIG = {
+    "view_size": SIZE,
+    "default_num_inference_steps": 2,
+    "components": COMPONENTS,
+    "phases": {"vae": PHASE, "vision": PHASE, "unet": PHASE},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A prepared folder of three objects, random pictures of 24 pixels, six views of one rig."""
+    folder = tmp_path_factory.mktemp("prepared")
+    rng = np.random.default_rng(0)
+    meta = {"format": 1, "rigs": ["zero123plus-v1.2"], "tiers": {}, "truncation": 0.05}
+    (folder / "index.json").write_text(json.dumps(meta))
+    for name in "abc":
+        pictures = {key: rng.integers(0, 255, (n, 24, 24, 4), np.uint8) for key, n in (("views", 6), ("inputs", 2))}
+        np.savez(folder / f"{name}.0.npz", **pictures)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
+    """The output of one whole run."""
+    output = tmp_path_factory.mktemp("run")
+    multiview.run(CONFIG, data=data, output=output, device="cpu")
+    return output
+
+
+def files(folder: Path) -> dict[str, float]:
+    return {str(file): file.stat().st_mtime_ns for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_a_run_makes_a_pipeline_that_draws(trained):
+    pipe = MultiViewTilePipeline.from_pretrained(trained / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    tile = pipe(Image.new("RGB", (20, 20)), generator=torch.Generator().manual_seed(0)).images[0]
+    assert tile.size == (2 * SIZE, 3 * SIZE)
+    assert list(trained.glob("preview-*.png"))
+    assert pipe.tokenizer("a mug").input_ids[0] == 512 and pipe.tokenizer("a mug").input_ids[-1] == 513
+
+
+def test_finished_phases_are_not_repeated_and_the_unet_goes_on(data, trained):
+    """Oracle: the files of the first phases keep their times; the step counter goes on from 2 to 3."""
+    config = copy.deepcopy(CONFIG)
+    config["phases"]["unet"]["max_steps"] = 3
+    done = [trained / name for name in ("vae", "vision_encoder", "latents", "vae-training", "vision-training")]
+    before = [files(folder) for folder in done]
+    multiview.run(config, data=data, output=trained, device="cpu")
+    assert [files(folder) for folder in done] == before
+    assert torch.load(trained / "state.pt", weights_only=True)["step"] == 3
+
+
+def test_folding_standardises_latents_and_changes_no_picture(data):
+    """Oracle: reconstructions before and after, posterior noise included; the statistics that the scaling factor promises."""
+    images = multiview.ImageDataset(data, {**multiview.DEFAULTS, **CONFIG})
+    vae = multiview.seeded(multiview.build_vae, {**CONFIG, "seed": 0})
+    pixels = multiview.to_pixels(torch.cat([item["views"] for item in images.items]))
+
+    def reconstruct() -> torch.Tensor:
+        posterior = vae.encode(pixels).latent_dist
+        return vae.decode(posterior.sample(torch.Generator().manual_seed(0))).sample
+
+    with torch.no_grad():
+        before = reconstruct()
+        multiview.standardize_latents(vae, images)
+        torch.testing.assert_close(reconstruct(), before, atol=1e-3, rtol=1e-3)
+        latents = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-2, rtol=0)
+
+
+def test_tiles_of_training_are_the_tiles_of_the_pipeline():
+    """Oracle: the pipeline's own cutting inverts it."""
+    views = torch.rand(2, 6, 3, 4, 5)
+    torch.testing.assert_close(MultiViewTilePipeline.split_views(multiview.to_tile(views)), views)
+
+
+def test_training_pixels_are_those_of_the_feature_extractors():
+    """Oracle: a picture of the right size, through both ways, is the same tensor."""
+    config = {**multiview.DEFAULTS, **CONFIG}
+    components = multiview.build_components(config)
+    picture = torch.randint(0, 255, (SIZE, SIZE, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    picture[..., 3] = 255
+    flat = multiview.flatten(picture, SIZE)
+    for name, scale in (("feature_extractor_vae", multiview.IMAGE_SCALE), ("feature_extractor_clip", 1.0)):
+        expected = components[name]([multiview.to_pil(flat)], return_tensors="pt").pixel_values[0]
+        torch.testing.assert_close(multiview.to_pixels(flat, scale), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_transparent_training_pixels_are_grey():
+    clear = torch.zeros(2, 24, 24, 4, dtype=torch.uint8)
+    assert (multiview.flatten(clear, SIZE) == 127).all()
+
+
+@pytest.fixture(scope="module")
+def denoiser(data, trained):
+    """The objective of the UNet over the latents of the run."""
+    config = {**multiview.DEFAULTS, **CONFIG, "condition_dropout": 0.5}
+    pipe = MultiViewTilePipeline.from_pretrained(trained / "pipeline")
+    latents = multiview.LatentDataset(data, config, pipe, trained / "latents")
+    return multiview.DenoiserObjective(config, pipe, latents.grey, []), latents
+
+
+def test_dropped_conditions_are_the_negative_branch_of_the_pipeline(denoiser):
+    """Oracle: the pipeline's negative text context, and its reference of an empty image."""
+    objective, latents = denoiser
+    batch = objective.collate([latents[0]] * 32, torch.Generator().manual_seed(0))
+    plain = objective.pipeline.encode_prompt([""])[0].detach()
+    dropped = (batch["context"] == plain).flatten(1).all(1)
+    assert 0 < dropped.sum() < 32
+    empty = objective.pipeline.vae.encode(torch.zeros(1, 3, SIZE, SIZE)).latent_dist.mode()[0]
+    assert (batch["reference"][dropped] - empty).abs().max() < 1e-5
+    assert (batch["reference"][~dropped] - empty).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_latents_decode_to_the_tile(data, denoiser):
+    """Oracle: what the UNet learns, taken back as the pipeline does, is the autoencoder's picture of the true tile."""
+    objective, latents = denoiser
+    pipe, images = objective.pipeline, multiview.ImageDataset(data, {**multiview.DEFAULTS, **CONFIG})
+    tile = multiview.to_pixels(multiview.to_tile(images[0]["views"])[None])
+    with torch.no_grad():
+        expected = pipe.vae.decode(pipe.vae.encode(tile).latent_dist.mode()).sample / multiview.IMAGE_SCALE
+        learned = scale_latents(latents[0]["tile"].float()[None] * pipe.vae.config.scaling_factor)
+        drawn = pipe.decode_latents(learned / 0.75 + 0.22)
+    torch.testing.assert_close(drawn, expected, atol=1e-2, rtol=1e-2)
+
+
+def test_denoiser_learns_one_sample(denoiser):
+    """Oracle: the loss on one sample falls by a third, so gradients and targets belong together."""
+    objective, latents = copy.copy(denoiser[0]), denoiser[1]
+    objective.config = {**objective.config, "condition_dropout": 0.0}
+    optimizer = torch.optim.AdamW(objective.modules.parameters(), lr=1e-2)
+    losses = []
+    for step in range(80):
+        generator = torch.Generator().manual_seed(step)
+        loss, _ = objective.loss(objective.collate([latents[0]] * 8, generator), generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-20:]) < 0.67 * np.mean(losses[:3])
+
+
+def test_min_snr_weighs_clean_steps_less(denoiser):
+    """Oracle: at the cleanest step 1 / (SNR + 1) is the first beta, so the weight is gamma times beta."""
+    objective, latents = copy.copy(denoiser[0]), denoiser[1]
+    batch = objective.collate([latents[0]], torch.Generator().manual_seed(0))
+    batch["timesteps"] = torch.tensor([0])  # its SNR is 1 / 0.00085 - 1
+    plain = objective.loss(batch, None)[0]
+    objective.config = {**objective.config, "min_snr_gamma": 5.0}
+    torch.testing.assert_close(objective.loss(batch, None)[0], plain * 5 * 0.00085, rtol=1e-3, atol=0)
+
+
+def test_other_samples_of_an_object_are_no_counterexamples(data):
+    """Oracle: with one object only there is nothing to tell apart, and the loss is zero."""
+    config = {**multiview.DEFAULTS, **CONFIG}
+    objective = multiview.VisionObjective(config)
+    items = [{**item, "object": torch.tensor(0)} for item in multiview.ImageDataset(data, config).items]
+    loss, _ = objective.loss(objective.collate(items, torch.Generator().manual_seed(0)), None)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_unusable_config_and_rig_are_refused(data, tmp_path):
+    with pytest.raises(InputError, match="unknown keys"):
+        multiview.run({**CONFIG, "view_sise": 3}, data=data, output=tmp_path)
+    with pytest.raises(InputError, match="was prepared for"):
+        multiview.run({**CONFIG, "rig": "zero123plus-v1.1"}, data=data, output=tmp_path)
+
+
+def test_full_size_components_have_the_published_sizes():
+    """Oracle: parameter counts of the Zero123++ v1.2 components (SD2 UNet and VAE, ViT-H towers)."""
+    parts = json.loads((CONFIGS / "multiview-full.json").read_text())["components"]
+    with torch.device("meta"):
+        models = {
+            "unet": UNet2DConditionModel.from_config(parts["unet"]),
+            "vae": AutoencoderKL.from_config(parts["vae"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**parts["text_encoder"])),
+            "vision_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**parts["vision_encoder"])),
+        }
+    sizes = {name: sum(parameter.numel() for parameter in model.parameters()) for name, model in models.items()}
+    assert sizes == {
+        "unet": 865_910_724,
+        "vae": 83_653_863,
+        "text_encoder": 340_387_840,
+        "vision_encoder": 632_076_800,
+    }
+
+
+def test_small_config_fits_the_pipeline():
+    """Oracle: sizes that must agree between components, and the UNet's limit of 14 million parameters."""
+    config = json.loads((CONFIGS / "multiview-small.json").read_text())
+    assert set(config) - {"components", "phases"} == set(multiview.DEFAULTS)
+    components = multiview.build_components(config)
+    unet, vae = components["unet"], components["vae"]
+    assert unet.config.in_channels == vae.config.latent_channels
+    assert unet.config.cross_attention_dim == components["text_encoder"].config.hidden_size
+    assert unet.config.cross_attention_dim == components["vision_encoder"].config.projection_dim
+    assert unet.num_parameters() <= 14_000_000

@@ -1,0 +1,174 @@
+"""Condition encoder and occupancy UNet: oracles for the projection, pooling and equivalences. The sparse UNet has its own file."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from one2345pp import CameraRig, ConditionEncoder, OccupancyUNet3DModel, SparseUNet3DModel
+from one2345pp.geometry.cameras import project
+from one2345pp.geometry.volume import cell_centers
+from one2345pp.models.condition_encoder import ViewBatch, project_pixels, views_to_images
+from one2345pp.models.sparse import SparseGrid
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    views = torch.rand(2, 6, 4, 16, 16, generator=generator)
+    rigs = [CameraRig.named("zero123plus-v1.2"), CameraRig.named("zero123plus-v1.1")]
+    return ViewBatch.make(views_to_images(views), rigs)
+
+
+def encoder(**kwargs):
+    torch.manual_seed(0)
+    config = {"resolution": 8, "channels": (8, 12), "image_size": 16, "stem_channels": (8, 8), "patch_channels": 0}
+    return ConditionEncoder(**config | {"hidden_channels": 8} | kwargs).eval()
+
+
+def test_sampling_reads_where_the_camera_sees(batch):
+    """Oracle: maps that hold their own pixel coordinates give back the projection."""
+    axis = (torch.arange(64) + 0.5) / 32 - 1
+    maps = torch.stack(torch.meshgrid(axis, axis, indexing="xy")).expand(6, -1, -1, -1)
+    points = torch.rand(50, 3, generator=torch.Generator().manual_seed(1)) * 0.4 - 0.2
+    uv, _ = project(points, CameraRig.named("zero123plus-v1.1"))
+    assert torch.allclose(batch.sample(maps, points, 1), uv, atol=1e-5)
+
+
+def test_points_behind_a_camera_and_outside_an_image_read_zero(batch):
+    maps = torch.ones(6, 1, 4, 4)
+    behind = CameraRig.named("zero123plus-v1.2").positions[:1] * 1.5
+    assert (batch.sample(maps, behind, 0)[0] == 0).all()
+    assert (batch.sample(maps, torch.tensor([[0.0, 5.0, 0.0]]), 0) == 0).all()
+
+
+def test_order_of_views_makes_no_difference(batch):
+    """Pooling over views is symmetric."""
+    order = [3, 1, 5, 0, 2, 4]
+    shuffled = ViewBatch(
+        batch.images[:, order], batch.world_to_camera[:, order], batch.tan_half_fov[:, order], batch.present[:, order]
+    )
+    for pooling in ("max", "max_mean"):
+        model = encoder(pooling=pooling)
+        for a, b in zip(model(batch), model(shuffled), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_sparse_pyramid_equals_the_dense_one_where_all_is_active(batch):
+    """The two forms share every weight but the layout of the cells; off the sphere the dense one is zero."""
+    dense, sparse = encoder(), encoder(sparse=True)
+    sparse.load_state_dict(dense.state_dict())
+    grid = SparseGrid(torch.ones(2, 8, 8, 8).nonzero(), 8, 2)
+    inside = cell_centers(grid.coords[:, 1:], 8).norm(dim=1) < 0.5
+    volume = dense(batch)[0]
+    sample, x, y, z = grid.coords.unbind(1)
+    assert torch.allclose(sparse(batch, grid)[0][inside], volume[sample, :, x, y, z][inside], atol=1e-5)
+
+
+def test_absent_views_do_not_count(batch):
+    model = encoder()
+    batch.present[:, 2] = False
+    expected = model(batch)[0]
+    batch.images[:, 2] = 1.0
+    assert torch.equal(model(batch)[0], expected)
+
+
+def test_projected_pixels_show_the_views_colour_and_direction(batch):
+    images = views_to_images(torch.ones(1, 6, 4, 16, 16) * torch.tensor([1.0, 0.5, 0.0, 1.0])[:, None, None])
+    views = ViewBatch.make(images, [CameraRig.named("zero123plus-v1.2")])
+    grid = SparseGrid(torch.tensor([[0, 4, 4, 4], [0, 3, 4, 4]]), 8, 1)
+    pixels = project_pixels(views, grid)
+    assert torch.allclose(pixels.colors, torch.tensor([1.0, 0.0, -1.0]).expand(2, 6, 3), atol=1e-5)
+    assert torch.allclose(pixels.valid, torch.ones(2, 6))
+    toward = CameraRig.named("zero123plus-v1.2").positions - cell_centers(grid.coords[0, 1:], 8)
+    assert torch.allclose(pixels.directions[0], torch.nn.functional.normalize(toward, dim=-1), atol=1e-5)
+
+
+def unet(**kwargs):
+    torch.manual_seed(0)
+    config = {"sample_size": 8, "block_out_channels": (8, 16), "condition_channels": (4, 4), "global_channels": 6}
+    model = OccupancyUNet3DModel(**config | {"attention_levels": (1,), "norm_num_groups": 4, "dropout": 0.0} | kwargs).eval()
+    with torch.no_grad():  # blocks start as identities; give every weight something to do
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.05)
+    return model
+
+
+def test_every_input_of_the_occupancy_unet_matters():
+    model, x = unet(), torch.randn(2, 1, 8, 8, 8)
+    condition = [torch.randn(2, 4, 8, 8, 8), torch.randn(2, 4, 4, 4, 4)]
+    inputs = {"timestep": torch.tensor([10, 700]), "condition": condition, "global_vector": torch.randn(2, 6), "self_condition": x}
+    base = model(x, **inputs).sample
+    assert base.shape == x.shape
+    changes = {
+        "timestep": torch.tensor([10, 701]),
+        "condition": [condition[0], condition[1] + 1],
+        "global_vector": inputs["global_vector"] + 1,
+        "self_condition": None,
+    }
+    for name, value in changes.items():
+        assert not torch.allclose(model(x, **inputs | {name: value}).sample, base, atol=1e-5), name
+
+
+def test_no_condition_equals_zeros():
+    model, x = unet(), torch.randn(1, 1, 8, 8, 8)
+    zeros = [torch.zeros(1, 4, 8, 8, 8), torch.zeros(1, 4, 4, 4, 4)]
+    assert torch.equal(model(x, 5).sample, model(x, 5, zeros).sample)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    x = torch.randn(1, 1, 8, 8, 8)
+    gradients = []
+    for checkpointing in (False, True):
+        model = unet().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(x, 5).sample.square().mean().backward()
+        gradients.append(model.conv_in.weight.grad)
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["volume-full", "occupancy-small", "sparse-small"])
+def test_configs_instantiate_and_fit_each_other(name):
+    """The full size of the paper (64^3, then 128^3, DINOv2-B/14 features) and the small one are the same classes; meta device."""
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    pairs = {
+        "volume-full": [("occupancy_unet", "occupancy_condition"), ("sparse_unet", "sparse_condition")],
+        "occupancy-small": [("unet", "condition")],
+        "sparse-small": [("unet", "condition")],
+    }[name]
+    for unet_key, condition_key in pairs:
+        kind = SparseUNet3DModel if "pixel_channels" in config[unet_key] else OccupancyUNet3DModel
+        with torch.device("meta"):
+            model = kind(**config[unet_key])
+            condition = ConditionEncoder(**config[condition_key])
+        assert tuple(condition.config.channels) == tuple(model.config.condition_channels)
+        assert condition.config.resolution == model.config.sample_size
+    if name == "volume-full":
+        assert config["occupancy_unet"]["sample_size"] == 64
+        assert config["sparse_unet"]["sample_size"] == 128
+        assert config["sparse_condition"]["patch_channels"] == 768
+
+
+def test_patch_features_are_sampled_from_a_dinov2():
+    """A DINOv2 of another size feeds the encoder through the pipeline's own method."""
+    from conftest import volume_components
+    from transformers import Dinov2Config, Dinov2Model
+
+    from one2345pp import SparseVolumeDiffusionPipeline
+
+    torch.manual_seed(0)
+    dino = Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4)).eval()
+    pipe = SparseVolumeDiffusionPipeline(**volume_components(), patch_encoder=dino)
+    images = torch.randn(2, 3, 4, 16, 16)
+    patches = pipe.encode_patches(images)
+    assert patches.shape == (2, 3, 16, 4, 4)
+    tokens = dino((((images[1, 2:, :3] + 1) / 2) - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)).last_hidden_state
+    assert torch.allclose(patches[1, 2, :, 1, 3], tokens[0, 1 + 4 + 3], atol=1e-5)
+    rig = CameraRig.from_angles([0, 90, 180], 10, 0.6, 1.8)
+    model = encoder(patch_channels=16, stem_channels=())
+    assert model(ViewBatch.make(images, [rig, rig], patches))[0].shape == (2, 8, 8, 8, 8)

@@ -90,8 +90,8 @@ def tiny_multiview():
 
 
 def volume_components() -> dict:
-    """Components of a stage 2 pipeline, real classes: 8 coarse cells, 16 fine ones. Random weights; the last bias
-    makes what is occupied solid, so that there always is a mesh."""
+    """Components of a stage 2 pipeline, real classes: 8 coarse cells, 16 fine ones. Random weights; the last biases
+    make few cells occupied and those solid, so that there always is a mesh."""
     from diffusers import DDIMScheduler
 
     from one2345pp import ConditionEncoder, LogSNRScheduler, OccupancyUNet3DModel, SparseUNet3DModel
@@ -112,6 +112,7 @@ def volume_components() -> dict:
     with torch.no_grad():  # the last layers start at zero, which would make every object the same
         for layer in (components["occupancy_unet"].conv_out, components["sparse_unet"].proj_out):
             layer.weight.normal_(std=0.1)
+        components["occupancy_unet"].conv_out.bias -= 1.5
         components["sparse_unet"].proj_out.bias[0] -= 1
     return components
 

@@ -21,7 +21,7 @@ SIZE = 128
 
 @pytest.fixture(scope="module")
 def mesh():
-    """A dented ball with its longest reach at +X, a smaller one at +Y, the smallest at +Z: no two axes can be swapped unseen."""
+    """A dented ball with its longest reach at +X, then +Y, then +Z: no two axes can be swapped unseen."""
     ball = trimesh.creation.icosphere(subdivisions=3, radius=0.25)
     vertices = np.array(ball.vertices) * [1.0, 0.8, 0.6]
     vertices[vertices[:, 0] > 0, 0] *= 1.8
@@ -66,8 +66,7 @@ def test_the_same_mesh_gives_the_same_uvs(mesh, atlas):
 
 
 def test_charts_do_not_overlap_and_keep_their_distance(mesh, atlas):
-    """Oracle: the areas of the faces in UV space add up to the texels they cover, and texels next to a chart's are either its own
-    or free."""
+    """Oracle: the areas of the faces in UV space add up to the texels they cover, and no texel belongs to two charts."""
     corners = atlas.uvs[atlas.faces]
     edges = corners[:, 1:] - corners[:, :1]
     area = np.abs(np.linalg.det(edges)).sum() / 2
@@ -86,7 +85,7 @@ def test_charts_do_not_overlap_and_keep_their_distance(mesh, atlas):
 
 
 def test_texels_show_the_points_that_their_uvs_say(mesh, atlas):
-    """Oracle: the sampled point's own UV, interpolated from the corners, lies in its texel, or within two texels for the ring."""
+    """Oracle: the sampled point's own UV, interpolated from the corners, is its texel's centre, or near it in the ring."""
     face_ids, barycentrics, texels = texel_samples(atlas, SIZE)
     assert (barycentrics >= 0).all() and np.allclose(barycentrics.sum(1), 1, atol=1e-5)
     assert (np.diff(texels) > 0).all()

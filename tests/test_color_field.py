@@ -14,13 +14,16 @@ def field():
 
 
 def test_products_are_plane_times_line(field):
-    """Oracle: at grid points no interpolation takes place, so products are plain array entries. Planes differ in both axes,
-    so a swapped axis cannot cancel."""
+    """Oracle: at grid points products are plain array entries. No two planes are alike, so swapped axes cannot cancel."""
     planes, lines = field.planes.detach(), field.lines.detach()[..., 0]
     for i, j, k in [(0, 0, 0), (4, 0, 2), (1, 3, 4), (2, 4, 1)]:
         point = torch.tensor([[i, j, k]]) / 4 * 2 - 1
         expected = torch.cat(
-            [planes[0, :, j, i] * lines[0, :, k], planes[1, :, k, i] * lines[1, :, j], planes[2, :, k, j] * lines[2, :, i]]
+            [
+                planes[0, :, j, i] * lines[0, :, k],
+                planes[1, :, k, i] * lines[1, :, j],
+                planes[2, :, k, j] * lines[2, :, i],
+            ]
         )
         torch.testing.assert_close(field._products(point.float())[0].detach(), expected)
 
@@ -44,7 +47,7 @@ def test_total_variation_is_that_of_the_definition(field):
 
 
 def test_the_generator_decides_every_weight(field):
-    """Constructed and drawn again under another global seed: all weights are equal; another generator: none of the grids."""
+    """Under another global seed all weights are equal; with another generator the grids differ."""
     torch.manual_seed(123)
     again = ColorField(5, 2, 3, 8).initialize(torch.Generator().manual_seed(0))
     for one, other in zip(field.parameters(), again.parameters(), strict=True):

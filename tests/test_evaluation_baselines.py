@@ -63,10 +63,12 @@ def test_hull_takes_colours_from_the_views_that_see_them(views):
     assert (colors[normals[:, 2] < -0.9].mean(0) > (-1, -1, 150)).all()
 
 
-def test_hull_does_not_carve_beyond_the_pictures():
-    """Proves that what a close camera cannot see stays: full masks carve nothing."""
+def test_hull_is_the_object_sphere_where_nothing_is_known():
+    """Proves that what a close camera cannot see stays: full masks leave the whole sphere of radius 0.5, and no corner of the cube."""
     close = CameraRig.from_angles([0.0, 90.0], 0.0, 0.3, 1.0)
-    assert visual_hull(torch.ones(2, 16, 16), close, resolution=16).volume == pytest.approx(1.0, rel=0.05)
+    hull = visual_hull(torch.ones(2, 16, 16), close, resolution=32)
+    assert hull.volume == pytest.approx(np.pi / 6, rel=0.03)
+    assert np.linalg.norm(hull.vertices, axis=1).max() < 0.5 + 1 / 32
 
 
 def test_silhouette_faces_front_and_is_as_deep_as_wide():

@@ -170,7 +170,7 @@ def test_decimate_joins_vertices_that_files_split():
 
 
 def test_decimate_never_exceeds_the_budget_of_many_pieces():
-    """Fifty boxes of twelve faces cannot each keep a shape within forty faces: either the budget holds, or the error says why."""
+    """Fifty boxes cannot each keep a shape within forty faces: either the budget holds, or the error says why."""
     shifts = [trimesh.transformations.translation_matrix([i, 0, 0]) for i in range(50)]
     boxes = trimesh.util.concatenate([trimesh.creation.box(extents=[0.5] * 3, transform=shift) for shift in shifts])
     try:

@@ -147,11 +147,25 @@ def test_latents_decode_to_the_tile(data, denoiser):
     torch.testing.assert_close(drawn, expected, atol=1e-2, rtol=1e-2)
 
 
+def test_a_perfect_prediction_has_no_loss(denoiser):
+    """Oracle: the v from which the sampler's x0 = alpha x - sigma v is the clean tile, put in place of the UNet's output."""
+    objective, latents = denoiser
+    batch = objective.collate([latents[0]] * 4, torch.Generator().manual_seed(0))
+    signal = objective.noise_scheduler.alphas_cumprod[batch["timesteps"]].view(-1, 1, 1, 1)
+    alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
+    noised = alpha * batch["latents"] + sigma * batch["noise"]
+    perfect = (alpha * noised - batch["latents"]) / sigma
+    hook = objective.pipeline.unet.register_forward_hook(lambda *_: (perfect,))
+    loss = objective.loss(batch, None)[0]
+    hook.remove()
+    assert loss < 1e-6 < objective.loss(batch, None)[0]
+
+
 def test_denoiser_learns_one_sample(denoiser):
-    """Oracle: the loss on one sample falls by a third, so gradients and targets belong together."""
+    """Oracle: the loss on one sample falls by a quarter, so gradients reach the weights."""
     objective, latents = copy.copy(denoiser[0]), denoiser[1]
     objective.config = {**objective.config, "condition_dropout": 0.0}
-    optimizer = torch.optim.AdamW(objective.modules.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(objective.modules.parameters(), lr=5e-3)
     losses = []
     for step in range(80):
         generator = torch.Generator().manual_seed(step)
@@ -160,7 +174,7 @@ def test_denoiser_learns_one_sample(denoiser):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert np.mean(losses[-20:]) < 0.67 * np.mean(losses[:3])
+    assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:3])
 
 
 def test_min_snr_weighs_clean_steps_less(denoiser):

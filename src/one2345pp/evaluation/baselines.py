@@ -27,7 +27,7 @@ def visual_hull(
     resolution: int = 64,
     images: np.ndarray | Tensor | None = None,  # [V, H, W, 3]
 ) -> trimesh.Trimesh:
-    """What no silhouette rules out: the largest shape that casts the given masks.
+    """What no silhouette rules out: the largest shape in the sphere of radius 0.5 that casts the given masks.
 
     Args:
         masks: Coverage in [0, 1] (or bool) of each view. Beyond an image's border nothing is known, so nothing is carved.
@@ -48,14 +48,16 @@ def visual_hull(
             f"masks: got shape {tuple(masks.shape)}, expected [{len(rig)}, H, W], one for each camera of the rig."
         )
     centers = cell_centers(torch.cartesian_prod(*[torch.arange(resolution)] * 3), resolution)
-    field = torch.ones(len(centers))
+    # the object lies in the sphere of radius 0.5: a ramp one cell wide, 0.5 on it
+    field = ((0.5 - centers.norm(dim=-1)) * resolution + 0.5).clamp(0, 1)
     for view in range(len(rig)):  # one at a time: all views of a fine grid would not fit in memory
         uv, depth = project(centers, rig[view])
         inside = _sample(masks[view][None], uv[0], padding="border")[0]
         unseen = (uv[0].abs() > 1).any(-1) | (depth[0] <= 0)
         field = torch.minimum(field, torch.where(unseen, 1.0, inside))
     mesh = _mesh_of(
-        field.reshape([resolution] * 3).numpy(), "masks: leave nothing of the cube. Check that they fit the rig."
+        field.reshape([resolution] * 3).numpy(),
+        "masks: leave nothing of the object sphere. Check that they fit the rig.",
     )
     if images is not None:
         mesh.visual.vertex_colors = _colors_from_views(mesh, torch.as_tensor(images).float(), masks, rig)

@@ -101,17 +101,17 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
     It has no learned weights; each call fits its own field.
 
     Args:
-        resolution (`int`, defaults to 128), components (`int`, defaults to 16), feature_channels (`int`, defaults to 27),
-            hidden (`int`, defaults to 64): Size of the [`ColorField`].
-        batch_size (`int`, defaults to 8192): Visible points a step.
-        grid_lr (`float`, defaults to 0.02), mlp_lr (`float`, defaults to 1e-3): Learning rates (TensoRF), decaying to a
-            tenth.
+        resolution (`int`, defaults to 96), components (`int`, defaults to 16), feature_channels (`int`, defaults to 12),
+            hidden (`int`, defaults to 64): Size of the [`ColorField`]; TensoRF's is several times that.
+        batch_size (`int`, defaults to 4096): Visible points a step.
+        grid_lr (`float`, defaults to 0.1), mlp_lr (`float`, defaults to 0.02): Learning rates, decaying to a tenth. TensoRF
+            has 0.02 and 0.001, for many thousand steps.
         tv_weight (`float`, defaults to 0.01): Weight of the field's total variation.
-        prior_weight (`float`, defaults to 0.3): Weight of the mesh's own colours where no view sees.
+        prior_weight (`float`, defaults to 0.1): Weight of the mesh's own colours where no view sees.
         facing_power (`float`, defaults to 2.0): Trust in a pixel is the cosine of its viewing angle to this power.
-        silhouette (`float`, defaults to 2.0): View pixels over which trust rises from 0 at silhouettes.
-        full_confidence (`float`, defaults to 0.2): Summed trust from which the views alone decide.
-        default_num_inference_steps (`int`, defaults to 300), default_texture_size (`int`, defaults to 1024),
+        silhouette (`float`, defaults to 1.0): View pixels over which trust rises from 0 at silhouettes.
+        full_confidence (`float`, defaults to 0.05): Summed trust from which the views alone decide.
+        default_num_inference_steps (`int`, defaults to 100), default_texture_size (`int`, defaults to 1024),
             default_max_faces (`int`, defaults to 16000): Used when a call does not say.
 
     Source: One-2-3-45++ section 3.3; weights, prior and blending are this package's choice.
@@ -119,19 +119,19 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
 
     def __init__(
         self,
-        resolution: int = 128,
+        resolution: int = 96,
         components: int = 16,
-        feature_channels: int = 27,
+        feature_channels: int = 12,
         hidden: int = 64,
-        batch_size: int = 8192,
-        grid_lr: float = 0.02,
-        mlp_lr: float = 1e-3,
+        batch_size: int = 4096,
+        grid_lr: float = 0.1,
+        mlp_lr: float = 0.02,
         tv_weight: float = 0.01,
-        prior_weight: float = 0.3,
+        prior_weight: float = 0.1,
         facing_power: float = 2.0,
-        silhouette: float = 2.0,
-        full_confidence: float = 0.2,
-        default_num_inference_steps: int = 300,
+        silhouette: float = 1.0,
+        full_confidence: float = 0.05,
+        default_num_inference_steps: int = 100,
         default_texture_size: int = 1024,
         default_max_faces: int = 16000,
     ):

@@ -17,7 +17,9 @@ def test_azimuth_grows_to_the_cameras_right_and_elevation_is_up():
     assert torch.allclose(rig.positions, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "fov", "elevations"), [("zero123plus-v1.2", 30, (20, -10)), ("zero123plus-v1.1", 49.134, (30, -20))])
+@pytest.mark.parametrize(
+    ("name", "fov", "elevations"), [("zero123plus-v1.2", 30, (20, -10)), ("zero123plus-v1.1", 49.134, (30, -20))]
+)
 def test_named_rigs_are_those_of_the_contract(name, fov, elevations):
     rig = CameraRig.named(name)
     assert torch.allclose(torch.rad2deg(rig.fov), torch.full((6,), float(fov)), atol=1e-3)
@@ -49,7 +51,9 @@ def test_rays_go_through_the_points_they_project_to():
 
 def test_rotated_moves_every_azimuth():
     rig = CameraRig.from_angles([10, 50], [0, 20], 0.5, 2.0)
-    assert torch.allclose(rig.rotated(30).camera_to_world, CameraRig.from_angles([40, 80], [0, 20], 0.5, 2.0).camera_to_world, atol=1e-6)
+    assert torch.allclose(
+        rig.rotated(30).camera_to_world, CameraRig.from_angles([40, 80], [0, 20], 0.5, 2.0).camera_to_world, atol=1e-6
+    )
 
 
 def test_file_round_trip_with_one_and_with_several_fields_of_view(tmp_path):
@@ -68,8 +72,19 @@ def test_file_round_trip_with_one_and_with_several_fields_of_view(tmp_path):
         ("{", "not JSON"),
         (json.dumps({"frames": []}), "frames"),
         (json.dumps({"camera_angle_x": 0.5, "frames": [{"file_path": "left.png"}]}), "left.png"),
-        (json.dumps({"frames": [{"file_path": "left.png", "transform_matrix": torch.eye(4).tolist()}]}), "camera_angle_x"),
-        (json.dumps({"camera_angle_x": 0.5, "frames": [{"file_path": "left.png", "transform_matrix": (2 * torch.eye(4)).tolist()}]}), "left.png"),
+        (
+            json.dumps({"frames": [{"file_path": "left.png", "transform_matrix": torch.eye(4).tolist()}]}),
+            "camera_angle_x",
+        ),
+        (
+            json.dumps(
+                {
+                    "camera_angle_x": 0.5,
+                    "frames": [{"file_path": "left.png", "transform_matrix": (2 * torch.eye(4)).tolist()}],
+                }
+            ),
+            "left.png",
+        ),
     ],
 )
 def test_unusable_files_are_refused_with_what_is_wrong(tmp_path, content, said):

@@ -6,6 +6,14 @@ import torch
 from one2345pp.models.color_field import ColorField
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def field():
     return ColorField(resolution=5, components=2, feature_channels=3, hidden=8).initialize(

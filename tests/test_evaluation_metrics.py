@@ -139,6 +139,18 @@ def test_alignment_undoes_a_known_similarity(degrees):
     assert found.inliers == 1.0
 
 
+def test_alignment_survives_a_floater_that_spoils_the_box():
+    """Proves that ICP finds the scale again when a fleck far off makes the start too small; pairs of one direction shrink to 0.3."""
+    mesh = lopsided()
+    mesh.apply_scale(1 / mesh.extents.max())
+    known = similarity(1.4, 52, (0.4, -0.3, 0.2))
+    clean, truth = (SurfacePoints.from_mesh(mesh, 6_000, seed) for seed in (1, 0))
+    points = clean.points.copy()
+    points[::200] = (1.2, 0.1, 0.0)
+    found = align_yaw_icp(SurfacePoints(points, clean.normals).transformed(known), truth)
+    assert np.abs(found.matrix @ known - np.eye(4)).max() < 0.06
+
+
 def test_alignment_prefers_the_smaller_turn_of_a_symmetric_object():
     """Proves that a cube as it stands is not turned by 90 degrees, which would match its shape and lose its colours."""
     box = trimesh.creation.box((1, 1, 1))

@@ -27,21 +27,21 @@ def shape(seed: int) -> trimesh.Trimesh:
 
 @pytest.fixture
 def folders(tmp_path):
-    """Truths a, b, c; predictions a (perfect), b (turned by 90 degrees and smaller) and stray."""
+    """Truths a, b, c; predictions a (perfect), b (smaller, shifted and turned by 90 degrees) and stray."""
     pred, gt = tmp_path / "pred", tmp_path / "gt"
     pred.mkdir()
     gt.mkdir()
     for seed, name in enumerate("abc"):
         shape(seed).export(gt / f"{name}.glb")
     normalize_to_sphere(shape(0)).export(pred / "a.ply")
-    turned = normalize_to_sphere(shape(1)).apply_scale(0.8)
+    turned = normalize_to_sphere(shape(1)).apply_scale(0.8).apply_translation((0.9, 0, 0.5))
     turned.apply_transform(trimesh.transformations.rotation_matrix(np.pi / 2, (0, 1, 0))).export(pred / "b.obj")
     shape(0).export(pred / "stray.stl")
     return pred, gt
 
 
 def test_report_measures_pairs_and_lists_the_others(folders, tmp_path):
-    """Oracles: a perfect prediction scores 1 in the package's frame; a turned and shrunken one does once aligned."""
+    """Oracles: a perfect prediction scores 1 in the package's frame; a moved one does once aligned."""
     groups = tmp_path / "index.csv"
     groups.write_text("name,tier\na,scan\nb,lowpoly\n")
     report = evaluate(*folders, tmp_path / "out", groups=groups, **FAST)

@@ -90,10 +90,15 @@ def test_diffusers_programs_load_and_save(saved, fresh_python, tmp_path):
 
 
 def test_half_precision_weights_load_as_float32(saved, tmp_path):
-    """Weights on disk may be half; without `dtype` every model of ours is float32, with it what was asked for."""
+    """Weights on disk may be half; without `dtype` every model is float32, in our class and in any program, where transformers'
+    models alone would stay half and the call would fail; with `dtype` they are what was asked for."""
     half = MultiViewTilePipeline.from_pretrained(saved[0], dtype=torch.float16)
     half.save_pretrained(tmp_path / "plain")
     half.save_pretrained(tmp_path / "variant", variant="fp16")
+    theirs = DiffusionPipeline.from_pretrained(tmp_path / "plain", trust_remote_code=True)
+    assert {model.dtype for model in theirs.components.values() if isinstance(model, torch.nn.Module)} == {
+        torch.float32
+    }
     cases = [
         ("plain", {}, torch.float32),
         ("variant", {"variant": "fp16"}, torch.float32),

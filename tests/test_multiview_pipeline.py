@@ -208,7 +208,9 @@ def test_lora_of_the_unet_and_its_scale(pipe, images):
         torch.manual_seed(0)
         pipe.unet.add_adapter(config)
     assert not torch.allclose(base, latent(pipe, images[0]), atol=1e-4)
-    torch.testing.assert_close(latent(pipe, images[0], cross_attention_kwargs={"scale": 0.0}), base, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        latent(pipe, images[0], cross_attention_kwargs={"scale": 0.0}), base, atol=1e-5, rtol=1e-5
+    )
 
 
 # --- what Zero123++'s own pipeline gets wrong ------------------------------------------------------------------------

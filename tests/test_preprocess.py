@@ -273,6 +273,18 @@ def test_load_views_of_a_folder(tmp_path):
     assert max(alpha_error(view, truth) for view, truth in zip(views, pixels, strict=True)) < 0.01
 
 
+def test_close_up_views_keep_their_alpha(tmp_path):
+    """A view that the object fills is opaque all over: with an alpha channel it is taken as it is, without one it is refused."""
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 4), np.uint8)
+    noise[..., 3] = 255
+    rig = CameraRig.from_angles([0], 0, 0.7, 1.6)
+    write_folder(tmp_path, [Image.fromarray(noise)], rig)
+    assert np.array_equal(np.asarray(load_views(tmp_path)[0][0]), noise)
+    write_folder(tmp_path, [Image.fromarray(noise[..., :3])], rig)
+    with pytest.raises(InputError, match="r_0.png"):
+        load_views(tmp_path)
+
+
 def test_wide_views_are_padded_and_the_field_of_view_follows(tmp_path):
     """Oracle: the same scene rendered square with the wider field of view; camera_angle_x belongs to the width."""
     square = CameraRig.from_angles([20], 10, 0.9, 1.4)

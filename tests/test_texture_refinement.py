@@ -57,7 +57,7 @@ def pipe():
         feature_channels=8,
         hidden=32,
         batch_size=2048,
-        default_num_inference_steps=60,
+        default_num_inference_steps=100,
         default_texture_size=128,
         default_max_faces=5000,
     )
@@ -157,7 +157,9 @@ def test_same_seed_same_bytes(pipe, front_rig):
     def run(seed, global_seed):
         torch.manual_seed(global_seed)
         generator = torch.Generator().manual_seed(seed)
-        return pipe(ball, views, front_rig, num_inference_steps=5, generator=generator).meshes[0].export(file_type="glb")
+        return (
+            pipe(ball, views, front_rig, num_inference_steps=5, generator=generator).meshes[0].export(file_type="glb")
+        )
 
     assert run(0, 1) == run(0, 2)
     assert run(0, 1) != run(1, 1)

@@ -91,7 +91,9 @@ def test_projected_pixels_show_the_views_colour_and_direction(batch):
 def unet(**kwargs):
     torch.manual_seed(0)
     config = {"sample_size": 8, "block_out_channels": (8, 16), "condition_channels": (4, 4), "global_channels": 6}
-    model = OccupancyUNet3DModel(**config | {"attention_levels": (1,), "norm_num_groups": 4, "dropout": 0.0} | kwargs).eval()
+    model = OccupancyUNet3DModel(
+        **config | {"attention_levels": (1,), "norm_num_groups": 4, "dropout": 0.0} | kwargs
+    ).eval()
     with torch.no_grad():  # blocks start as identities; give every weight something to do
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.05)
@@ -101,7 +103,12 @@ def unet(**kwargs):
 def test_every_input_of_the_occupancy_unet_matters():
     model, x = unet(), torch.randn(2, 1, 8, 8, 8)
     condition = [torch.randn(2, 4, 8, 8, 8), torch.randn(2, 4, 4, 4, 4)]
-    inputs = {"timestep": torch.tensor([10, 700]), "condition": condition, "global_vector": torch.randn(2, 6), "self_condition": x}
+    inputs = {
+        "timestep": torch.tensor([10, 700]),
+        "condition": condition,
+        "global_vector": torch.randn(2, 6),
+        "self_condition": x,
+    }
     base = model(x, **inputs).sample
     assert base.shape == x.shape
     changes = {
@@ -162,12 +169,17 @@ def test_patch_features_are_sampled_from_a_dinov2():
     from one2345pp import SparseVolumeDiffusionPipeline
 
     torch.manual_seed(0)
-    dino = Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4)).eval()
+    dino = Dinov2Model(
+        Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4)
+    ).eval()
     pipe = SparseVolumeDiffusionPipeline(**volume_components(), patch_encoder=dino)
     images = torch.randn(2, 3, 4, 16, 16)
     patches = pipe.encode_patches(images)
     assert patches.shape == (2, 3, 16, 4, 4)
-    tokens = dino((((images[1, 2:, :3] + 1) / 2) - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)).last_hidden_state
+    tokens = dino(
+        (((images[1, 2:, :3] + 1) / 2) - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    ).last_hidden_state
     assert torch.allclose(patches[1, 2, :, 1, 3], tokens[0, 1 + 4 + 3], atol=1e-5)
     rig = CameraRig.from_angles([0, 90, 180], 10, 0.6, 1.8)
     model = encoder(patch_channels=16, stem_channels=())

@@ -66,7 +66,9 @@ def test_global_random_state_is_neither_read_nor_moved(pipe, views):
 def test_inference_batch_single_identical(pipe, views):
     """A batch of two with a generator each equals two single runs (deterministic schedulers)."""
     ddim = pipe.components | {"occupancy_scheduler": DDIMScheduler(**BETAS), "sparse_scheduler": DDIMScheduler(**BETAS)}
-    ddim = SparseVolumeDiffusionPipeline(**ddim, truncation=0.1, default_num_occupancy_steps=2, default_num_sparse_steps=2)
+    ddim = SparseVolumeDiffusionPipeline(
+        **ddim, truncation=0.1, default_num_occupancy_steps=2, default_num_sparse_steps=2
+    )
     ddim.set_progress_bar_config(disable=True)
     other = views[::-1]
     both = dense(ddim, [views, other], generator=[seeded(0), seeded(1)])
@@ -74,10 +76,14 @@ def test_inference_batch_single_identical(pipe, views):
     assert torch.allclose(both[1:], dense(ddim, other, generator=seeded(1)), atol=1e-4)
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize(
+    "scheduler", [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler]
+)
 def test_stock_schedulers_run_in_both_slots(pipe, views, scheduler):
     kwargs = {} if scheduler in (DDIMScheduler, DDPMScheduler) else {"solver_order": 1}
-    components = pipe.components | {name: scheduler(**BETAS, **kwargs) for name in ("occupancy_scheduler", "sparse_scheduler")}
+    components = pipe.components | {
+        name: scheduler(**BETAS, **kwargs) for name in ("occupancy_scheduler", "sparse_scheduler")
+    }
     swapped = SparseVolumeDiffusionPipeline(**components, truncation=0.1)
     swapped.set_progress_bar_config(disable=True)
     out = swapped(views, num_occupancy_steps=3, num_sparse_steps=3, generator=seeded())

@@ -54,7 +54,9 @@ def test_open_bowl_becomes_a_thin_wall_that_is_open():
 def test_colours_are_those_of_the_nearest_surface():
     mesh = trimesh.creation.icosphere(4, 0.4)
     right = mesh.triangles_center[:, 0] > 0
-    mesh.visual = trimesh.visual.ColorVisuals(mesh, face_colors=np.where(right[:, None], [255, 0, 0, 255], [0, 0, 255, 255]).astype(np.uint8))
+    mesh.visual = trimesh.visual.ColorVisuals(
+        mesh, face_colors=np.where(right[:, None], [255, 0, 0, 255], [0, 0, 255, 255]).astype(np.uint8)
+    )
     volume = SurfaceCloud.from_mesh(mesh).volume(32, 3.2 * CELL)
     away = volume.centers[:, 0].abs() > 0.05
     red = volume.colors[:, 0] > 0.5

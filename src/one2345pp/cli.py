@@ -90,6 +90,9 @@ def build_parser() -> OneLineParser:
         "--resolution", type=positive, default=64, metavar="N", help="cells along an edge of the volume"
     )
     prepare.add_argument("--workers", type=positive, metavar="N", help="processes; defaults to one for each core")
+    prepare.add_argument("--table", type=Path, metavar="CSV", help="columns name, tier, split: sampling by tier")
+    prepare.add_argument("--split", metavar="NAME", help="only meshes of this split of the table")
+    prepare.add_argument("--views-only", action="store_true", help="no volumes and one rig: enough for train multiview")
 
     train = command("train", "train one stage")
     train.add_argument("stage", choices=("multiview", "occupancy", "sparse"))
@@ -97,11 +100,23 @@ def build_parser() -> OneLineParser:
     train.add_argument("--data", type=Path, metavar="DATASET", help="data set that prepare wrote")
     train.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder for checkpoints")
     train.add_argument("--minutes", type=float, help="stop after this long")
+    train.add_argument("--validation", type=Path, metavar="DATASET", help="held-out data set, for previews and figures")
 
     evaluate = command("evaluate", "compare meshes with true ones, paired by file stem")
     evaluate.add_argument("--pred", type=Path, required=True, metavar="DIR", help="folder of meshes")
     evaluate.add_argument("--gt", type=Path, required=True, metavar="DIR", help="folder of true meshes")
     evaluate.add_argument("-o", "--output", type=Path, required=True, metavar="REPORT", help=".json file, or a folder")
+
+    convert = command("convert", "checkpoints in, folders for the Hub out")
+    kinds = convert.add_subparsers(dest="kind", required=True, metavar="KIND")
+    text = "the outputs of the three trainings to one folder"
+    join = kinds.add_parser("assemble", help=text, description=text, allow_abbrev=False)
+    join.add_argument("--multiview", type=Path, required=True, metavar="DIR", help="folder of a first stage")
+    join.add_argument("--occupancy", type=Path, required=True, metavar="DIR", help="output of train occupancy")
+    join.add_argument("--sparse", type=Path, required=True, metavar="DIR", help="output of train sparse")
+    join.add_argument("--config", type=Path, metavar="JSON", help="arguments of the stages: volume, texture")
+    join.add_argument("--card", type=Path, metavar="MD", help="model card")
+    join.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
 
     command("info", "versions, devices, extras and the default checkpoint")
     return parser

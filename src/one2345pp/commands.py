@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import importlib.metadata
 import importlib.util
 import json
@@ -136,6 +137,12 @@ def prepare(args: argparse.Namespace) -> int:
             raise InputError(f"{path}: no such file or folder.")
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in MESH_SUFFIXES) if path.is_dir() else [path]
         meshes += inside
+    if args.split is not None:
+        if args.table is None:
+            raise InputError("--split: needs --table CSV, whose column split says which mesh is in it.")
+        with open(args.table, newline="") as file:
+            wanted = {row["name"] for row in csv.DictReader(file) if row["split"] == args.split}
+        meshes = [mesh for mesh in meshes if mesh.stem in wanted]
     if not meshes:
         raise InputError(f"{args.meshes[0]}: holds no mesh files ({', '.join(MESH_SUFFIXES)}).")
     problems = prepare_data(
@@ -146,20 +153,15 @@ def prepare(args: argparse.Namespace) -> int:
         resolution=args.resolution,
         workers=args.workers,
         seed=args.seed or 0,
+        table=args.table,
+        **({"volumes": False, "rigs": ("zero123plus-v1.2",)} if args.views_only else {}),
     )
     return max((report(InputError(problem)) for problem in problems), default=0)
 
 
 def train(args: argparse.Namespace) -> int:
     """Train one stage with the settings of a JSON file; options of the command line win."""
-    try:
-        config = json.loads(args.config.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{args.config}: no such file. Pass a JSON file of settings.") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{args.config}: is not a JSON file ({error}).") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{args.config}: is not a JSON object of settings.")
+    config = _read_json(args.config)
     paths = {"data": config.pop("data", None), "output": config.pop("output", None)}
     paths = {name: getattr(args, name) or (value and Path(value)) for name, value in paths.items()}
     for name, path in paths.items():
@@ -175,8 +177,23 @@ def train(args: argparse.Namespace) -> int:
         for section in multiview if args.stage == "multiview" else [config.setdefault("training", {})]:
             section["seed"] = args.seed
     minutes = config.pop("minutes", None) if args.minutes is None else args.minutes
+    if args.validation is not None and args.stage == "multiview":
+        config["validation"] = str(args.validation)
+    elif args.validation is not None:
+        paths["validation"] = args.validation
     stage = importlib.import_module(f".training.{args.stage}", __package__)
     stage.run(config, **paths, device=_device(args.device), minutes=minutes)
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Other forms of checkpoints to folders that the pipelines load."""
+    from .conversion.assemble import assemble
+
+    check_folder(args.output, "-o")
+    config = {} if args.config is None else _read_json(args.config)
+    _hush(args)
+    assemble(args.multiview, args.occupancy, args.sparse, args.output, card=args.card, **config)
     return 0
 
 
@@ -326,6 +343,19 @@ def _simplified(mesh: trimesh.Trimesh, faces: int | None) -> trimesh.Trimesh:
     from .geometry.extract import decimate
 
     return mesh if faces is None else decimate(mesh, faces)
+
+
+def _read_json(path: Path) -> dict:
+    """A JSON file of settings."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file. Pass a JSON file of settings.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: is not a JSON file ({error}).") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: is not a JSON object of settings.")
+    return config
 
 
 def _slug(text: str) -> str:

@@ -32,7 +32,9 @@ class PreparedDataset(Dataset):
         try:
             self.meta = json.loads((self.path / "index.json").read_text())
         except FileNotFoundError:
-            raise InputError(f"{path}: is not a prepared dataset (no index.json). Make one with: one2345pp prepare") from None
+            raise InputError(
+                f"{path}: is not a prepared dataset (no index.json). Make one with: one2345pp prepare"
+            ) from None
         files = sorted(self.path.glob("*.npz"), key=lambda f: (int(f.name.split(".")[-2]), f.name))
         self.files = [f for f in files if names is None or f.name.rsplit(".", 2)[0] in names]
         if not self.files:

@@ -47,7 +47,9 @@ class CameraRig:
     def __post_init__(self):
         poses = torch.as_tensor(self.camera_to_world, dtype=torch.float32)
         if poses.ndim != 3 or poses.shape[1:] != (4, 4) or len(poses) == 0:
-            raise InputError(f"camera_to_world: got shape {tuple(poses.shape)}, expected [V, 4, 4] with V of at least 1.")
+            raise InputError(
+                f"camera_to_world: got shape {tuple(poses.shape)}, expected [V, 4, 4] with V of at least 1."
+            )
         if not torch.isfinite(poses).all():
             raise InputError("camera_to_world: contains NaN or infinity. Pass finite 4x4 matrices.")
         gram = poses[:, :3, :3].mT @ poses[:, :3, :3]
@@ -128,7 +130,9 @@ class CameraRig:
         try:
             data = json.loads(path.read_text())
         except FileNotFoundError:
-            raise InputError(f"{path}: not found. A folder of views needs a cameras.json (NeRF transforms.json form).") from None
+            raise InputError(
+                f"{path}: not found. A folder of views needs a cameras.json (NeRF transforms.json form)."
+            ) from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise InputError(f"{path}: is not JSON ({error}).") from None
         frames = data.get("frames") if isinstance(data, dict) else None

@@ -18,7 +18,7 @@ from ..errors import InputError
 from .mesh import surface_colors
 
 
-CREASE = np.cos(np.radians(40.0))  # normals of a cut are joined where the surfaces meet at less than this angle
+CREASE = np.cos(np.radians(30.0))  # normals of a cut are joined where the surfaces meet at less than this angle
 
 
 def export_mesh(mesh: trimesh.Trimesh, path: str | Path) -> Path:

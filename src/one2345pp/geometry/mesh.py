@@ -77,7 +77,10 @@ def _base_color(material) -> tuple[np.ndarray | None, np.ndarray]:
     image = getattr(material, "baseColorTexture", None)
     factor = getattr(material, "baseColorFactor", None)
     if not hasattr(material, "baseColorTexture"):  # OBJ materials
-        image, factor = getattr(material, "image", None), None if getattr(material, "image", None) else material.main_color
+        image, factor = (
+            getattr(material, "image", None),
+            None if getattr(material, "image", None) else material.main_color,
+        )
     factor = np.ones(3, np.float32) if factor is None else np.asarray(factor, np.float32)[:3]
     factor = factor / 255 if factor.max() > 1 else factor
     if image is None:

@@ -98,7 +98,9 @@ def rasterize(
 
 def _rasterize_nvdiffrast(mesh: trimesh.Trimesh, rig: CameraRig, height: int, width: int) -> Fragments:
     if importlib.util.find_spec("nvdiffrast") is None:
-        raise InputError("rasterizer: nvdiffrast is not installed. Install it from its repository, or use rasterizer='embree'.")
+        raise InputError(
+            "rasterizer: nvdiffrast is not installed. Install it from its repository, or use rasterizer='embree'."
+        )
     import nvdiffrast.torch as dr
     import torch
 

@@ -74,7 +74,10 @@ def render(
 
 
 def contact_sheet(
-    rows: Sequence[Sequence[Image.Image | np.ndarray]], size: int | None = None, background=(255, 255, 255), gap: int = 4
+    rows: Sequence[Sequence[Image.Image | np.ndarray]],
+    size: int | None = None,
+    background=(255, 255, 255),
+    gap: int = 4,
 ) -> Image.Image:
     """Pictures in rows on one sheet, each resized to `size` (default: the first picture's) and laid on `background`."""
     rows = [[Image.fromarray(p) if isinstance(p, np.ndarray) else p for p in row] for row in rows]
@@ -111,7 +114,9 @@ def turntable(mesh: trimesh.Trimesh, path: str | Path, frames: int = 36, size: i
         try:
             import imageio_ffmpeg
         except ImportError:
-            raise InputError(f"{path}: MP4 needs the video extra: pip install 'one2345pp[video]', or ask for .gif.") from None
+            raise InputError(
+                f"{path}: MP4 needs the video extra: pip install 'one2345pp[video]', or ask for .gif."
+            ) from None
         writer = imageio_ffmpeg.write_frames(str(partial), (size, size), fps=fps)
         writer.send(None)
         for picture in pictures:

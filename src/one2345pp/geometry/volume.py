@@ -79,4 +79,10 @@ class SparseVolume:
             if not {"resolution", "truncation"} <= meta.keys():
                 raise InputError(f"{path}: is not a volume: its metadata lacks resolution and truncation.")
             tensors = {key: file.get_tensor(key) for key in ("coords", "sdf", "colors")}
-        return cls(tensors["coords"].long(), tensors["sdf"], tensors["colors"], int(meta["resolution"]), float(meta["truncation"]))
+        return cls(
+            tensors["coords"].long(),
+            tensors["sdf"],
+            tensors["colors"],
+            int(meta["resolution"]),
+            float(meta["truncation"]),
+        )

@@ -48,7 +48,9 @@ class ReferenceAttnProcessor:
     def __init__(self, name: str, inner, passes: ReferenceAttention):
         self.name, self.inner, self.passes = name, inner, passes
 
-    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states=None, attention_mask=None, temb=None) -> Tensor:
+    def __call__(
+        self, attn, hidden_states: Tensor, encoder_hidden_states=None, attention_mask=None, temb=None
+    ) -> Tensor:
         context = hidden_states  # [B, N, C]
         if self.passes.mode == "write":
             self.passes.tokens[self.name] = hidden_states

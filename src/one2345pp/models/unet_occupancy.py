@@ -158,7 +158,9 @@ class OccupancyUNet3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         if self.config.self_conditioning:
             sample = torch.cat([sample, torch.zeros_like(sample) if self_condition is None else self_condition], 1)
-        h = self.conv_in(sample.contiguous(memory_format=torch.channels_last_3d))  # twice as fast on a CPU at the finest level
+        h = self.conv_in(
+            sample.contiguous(memory_format=torch.channels_last_3d)
+        )  # twice as fast on a CPU at the finest level
         skips = []
         for level, blocks in enumerate(self.down_blocks):
             h = torch.cat([h, *self._level_condition(condition, level, h)], 1)

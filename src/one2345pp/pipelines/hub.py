@@ -145,8 +145,10 @@ class SelfContainedMixin:
                 shim = COMPONENT_SHIM.format(module=module, class_name=class_name)
                 (folder / name / f"{module}.py").write_text(shim, encoding="utf-8")
                 imports.append(f"import {module}\n")
-            elif module == "transformers" and class_name.endswith("ImageProcessorPil"):
-                index[name] = [module, class_name.removesuffix("Pil")]  # the Pil names exist in transformers 5 only
+            elif module == "transformers":
+                if class_name.endswith("ImageProcessorPil"):
+                    index[name] = [module, class_name.removesuffix("Pil")]  # the Pil names exist in transformers 5 only
+                _load_as_float32(folder / name / "config.json")
         cls = type(self)
         if _is_public(cls.__module__, cls.__name__):
             index["_class_name"] = ["pipeline", cls.__name__]
@@ -155,6 +157,14 @@ class SelfContainedMixin:
             )
             (folder / "pipeline.py").write_text(shim, encoding="utf-8")
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _load_as_float32(config_path: Path) -> None:
+    """Let a transformers model load as float32 by default, as diffusers' models do; else half weights on disk give a mixed pipeline."""
+    if config_path.is_file():
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        if config.get("dtype", "float32") != "float32":
+            config_path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_public(module: Any, class_name: Any) -> bool:

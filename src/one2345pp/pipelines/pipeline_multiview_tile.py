@@ -146,10 +146,14 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
             raise InputError("control_image: this pipeline has no ControlNet. Leave control_image out.")
         if not images or not all(isinstance(image, Image.Image) for image in images):
             kinds = ", ".join(sorted({type(image).__name__ for image in images})) or "nothing"
-            raise InputError(f"image: got {kinds}, expected a PIL image or a list of PIL images. Open files with PIL.Image.open.")
+            raise InputError(
+                f"image: got {kinds}, expected a PIL image or a list of PIL images. Open files with PIL.Image.open."
+            )
         for name, texts in (("prompt", prompts), ("negative_prompt", negative_prompts)):
             if len(texts) != len(images) or not all(isinstance(text, str) for text in texts):
-                raise InputError(f"{name}: got {texts!r}, expected one string, or a list of {len(images)}, one an image.")
+                raise InputError(
+                    f"{name}: got {texts!r}, expected one string, or a list of {len(images)}, one an image."
+                )
         for name, value, parts in (("height", height, ROWS), ("width", width, COLUMNS)):
             if value <= 0 or value % parts or value % self.vae_scale_factor:
                 raise InputError(
@@ -160,12 +164,18 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
             raise InputError(f"output_type: got {output_type!r}, expected 'pil', 'np', 'pt' or 'latent'.")
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
-            raise InputError(f"callback_on_step_end_tensor_inputs: got {unknown}, expected some of {self._callback_tensor_inputs}.")
+            raise InputError(
+                f"callback_on_step_end_tensor_inputs: got {unknown}, expected some of {self._callback_tensor_inputs}."
+            )
 
     def encode_prompt(self, prompts: list[str]) -> Tensor:
         """Text context of `B` prompts, `[B, L, D]`."""
         tokens = self.tokenizer(
-            prompts, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            prompts,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
         )
         return self.text_encoder(tokens.input_ids.to(self._execution_device))[0]
 
@@ -229,7 +239,9 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
     def noise_reference(self, reference: Tensor, timestep: Tensor, generator) -> Tensor:
         """The reference at the noise level of this step, scaled as the UNet expects, with fresh noise for each branch."""
         branches = reference.chunk(2) if self.do_classifier_free_guidance else [reference]
-        noise = torch.cat([randn_tensor(b.shape, generator=generator, device=b.device, dtype=b.dtype) for b in branches])
+        noise = torch.cat(
+            [randn_tensor(b.shape, generator=generator, device=b.device, dtype=b.dtype) for b in branches]
+        )
         noised = self.scheduler.add_noise(reference, noise, timestep.expand(len(reference)))
         return self.scheduler.scale_model_input(noised, timestep)
 
@@ -304,7 +316,9 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
         negative_prompt = "" if negative_prompt is None else negative_prompt
         negative_prompts = [negative_prompt] * len(images) if isinstance(negative_prompt, str) else negative_prompt
         height, width = height or ROWS * config.view_size, width or COLUMNS * config.view_size
-        tensor_inputs = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        tensor_inputs = (
+            ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        )
         self.check_inputs(
             images, prompts, negative_prompts, height, width, latents, control_image, output_type, tensor_inputs
         )
@@ -317,7 +331,9 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
         reference_latents = self.prepare_reference(images, num_images_per_prompt, generator).to(prompt_embeds.dtype)
 
         # 3. Timesteps
-        self.scheduler.set_timesteps(num_inference_steps or config.default_num_inference_steps, device=self._execution_device)
+        self.scheduler.set_timesteps(
+            num_inference_steps or config.default_num_inference_steps, device=self._execution_device
+        )
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
 
@@ -326,7 +342,9 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
         latents = self.prepare_latents(batch, height, width, prompt_embeds.dtype, generator, latents)
 
         # 5. Denoise
-        step_kwargs = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        step_kwargs = (
+            {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        )
         kwargs = {"cross_attention_kwargs": cross_attention_kwargs}
         with reference_attention(self.unet) as passes, self.progress_bar(total=len(timesteps)) as progress:
             for step, timestep in enumerate(timesteps):
@@ -334,7 +352,9 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
                     continue
                 sample = torch.cat([latents, latents]) if self.do_classifier_free_guidance else latents
                 sample = self.scheduler.scale_model_input(sample, timestep)
-                passes.write(self.noise_reference(reference_latents, timestep, generator), timestep, prompt_embeds, **kwargs)
+                passes.write(
+                    self.noise_reference(reference_latents, timestep, generator), timestep, prompt_embeds, **kwargs
+                )
                 prediction = passes.read(sample, timestep, prompt_embeds, **kwargs)
                 if self.do_classifier_free_guidance:
                     negative, positive = prediction.chunk(2)
@@ -342,8 +362,15 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
                 latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds, "reference_latents": reference_latents}
-                    changed = callback_on_step_end(self, step, timestep, {name: tensors[name] for name in tensor_inputs}) or {}
+                    tensors = {
+                        "latents": latents,
+                        "prompt_embeds": prompt_embeds,
+                        "reference_latents": reference_latents,
+                    }
+                    changed = (
+                        callback_on_step_end(self, step, timestep, {name: tensors[name] for name in tensor_inputs})
+                        or {}
+                    )
                     latents = changed.get("latents", latents)
                     prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
                     reference_latents = changed.get("reference_latents", reference_latents)

@@ -70,7 +70,9 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
             does not say.
     """
 
-    model_cpu_offload_seq = "vision_encoder->patch_encoder->occupancy_condition->occupancy_unet->sparse_condition->sparse_unet"
+    model_cpu_offload_seq = (
+        "vision_encoder->patch_encoder->occupancy_condition->occupancy_unet->sparse_condition->sparse_unet"
+    )
     _optional_components = ["vision_encoder", "feature_extractor_clip", "patch_encoder"]
     _callback_tensor_inputs = ["latents"]
 
@@ -133,7 +135,9 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
             raise InputError(f"num_occupancy_steps, num_sparse_steps: got {steps}, expected at least 1 each.")
         unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
-            raise InputError(f"callback_on_step_end_tensor_inputs: {sorted(unknown)} not in {self._callback_tensor_inputs}.")
+            raise InputError(
+                f"callback_on_step_end_tensor_inputs: {sorted(unknown)} not in {self._callback_tensor_inputs}."
+            )
         if not isinstance(views, (list, tuple)) or len(views) == 0:
             raise InputError("views: expected a list of PIL images, or a list of such lists.")
         batch = [list(v) for v in views] if isinstance(views[0], (list, tuple)) else [list(views)]
@@ -142,7 +146,9 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
             raise InputError(f"cameras: got {len(rigs)} rigs for {len(batch)} samples. Pass one rig, or one a sample.")
         for pictures, rig in zip(batch, rigs, strict=True):
             if not all(isinstance(picture, Image.Image) for picture in pictures):
-                raise InputError("views: expected PIL images. Read files with one2345pp.pipelines.preprocess.load_views.")
+                raise InputError(
+                    "views: expected PIL images. Read files with one2345pp.pipelines.preprocess.load_views."
+                )
             if len(pictures) != len(rig):
                 name = f"rig {rig.name!r}, which has {len(rig)} cameras" if rig.name else f"a rig of {len(rig)} cameras"
                 raise InputError(
@@ -238,7 +244,13 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         return SparseGrid(fine.nonzero(), fine.shape[-1], len(fine))
 
     def denoise_sparse(
-        self, grid: SparseGrid, views: ViewBatch, vector: Tensor | None, num_steps: int, generator, on_step: Callable | None = None
+        self,
+        grid: SparseGrid,
+        views: ViewBatch,
+        vector: Tensor | None,
+        num_steps: int,
+        generator,
+        on_step: Callable | None = None,
     ) -> Tensor:
         """Draw signed distance (in truncation distances) and colour (in [-1, 1]) on the voxels, `[N, 4]`."""
         unet = self.sparse_unet
@@ -346,7 +358,9 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
             InputError: If the views and cameras do not fit each other, or no surface is found.
         """
         # 1. Check inputs
-        num_occupancy_steps = self.config.default_num_occupancy_steps if num_occupancy_steps is None else num_occupancy_steps
+        num_occupancy_steps = (
+            self.config.default_num_occupancy_steps if num_occupancy_steps is None else num_occupancy_steps
+        )
         num_sparse_steps = self.config.default_num_sparse_steps if num_sparse_steps is None else num_sparse_steps
         steps, tensor_inputs = (num_occupancy_steps, num_sparse_steps), callback_on_step_end_tensor_inputs
         views, rigs, images = self.check_inputs(views, cameras, image, output_type, steps, tensor_inputs)
@@ -393,6 +407,8 @@ def _to_encoder_image(picture: Image.Image, size: int) -> Tensor:
     rgba = picture if picture.mode == "RGBA" else isolate_object(picture)
     premultiplied = rgba.convert("RGBa")
     if premultiplied.size != (size, size):
-        premultiplied = premultiplied.resize((size, size), Image.Resampling.BOX if size < rgba.width else Image.Resampling.BICUBIC)
+        premultiplied = premultiplied.resize(
+            (size, size), Image.Resampling.BOX if size < rgba.width else Image.Resampling.BICUBIC
+        )
     values = torch.from_numpy(np.array(premultiplied)).movedim(-1, 0).float() / 255
     return torch.cat([values[:3] * 2 - values[3:], values[3:] * 2 - 1])

@@ -319,12 +319,24 @@ def load_views(
 
 def _load_folder(folder: Path, max_side: int) -> tuple[list[Image.Image], CameraRig]:
     rig, names = CameraRig.load(folder)
-    views = [isolate_object(_frame_file(folder, name)) for name in names]
+    views = [_open_view(_frame_file(folder, name)) for name in names]
     side = min(max_side, max(max(view.size) for view in views))
     # camera_angle_x belongs to the width; the square is as wide as the longer side
     stretch = torch.tensor([max(view.size) / view.width for view in views])
     fov = 2 * torch.atan(rig.tan_half_fov * stretch)
     return [_padded(view).resize((side, side), Image.Resampling.LANCZOS) for view in views], replace(rig, fov=fov)
+
+
+def _open_view(path: Path) -> Image.Image:
+    """A view as `RGBA`. Its own alpha counts, even where the object fills it, unless it is unused on a plain background."""
+    picture = open_image(path)
+    if picture.mode == "RGBA":
+        pixels = np.asarray(picture)
+        if pixels[..., 3].max() < 26:
+            raise InputError(f"{path}: is fully transparent. Leave out views that do not show the object.")
+        if pixels[..., 3].min() < 128 or _border_background(pixels[..., :3].astype(np.float32)) is None:
+            return picture
+    return isolate_object(path)
 
 
 def _frame_file(folder: Path, name: str) -> Path:

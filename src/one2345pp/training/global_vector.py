@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 
-
 class GlobalVector:
     """Image embedding of input pictures, or nothing when no pipeline is given.
 

@@ -40,6 +40,7 @@ from ..pipelines.pipeline_multiview_tile import (
     MultiViewTilePipeline,
     scale_latents,
 )
+from .autoencoder_init import initialize_with_colors
 from .loop import train
 
 
@@ -55,6 +56,7 @@ DEFAULTS = {
     "temperature": 0.1,  # of the contrast
     "condition_dropout": 0.1,
     "min_snr_gamma": None,
+    "color_init": False,  # start the autoencoder such that it carries colours, see autoencoder_init
     "recolored_copies": 1,  # of each sample, with colour channels in another order
     "validation": None,  # folder of prepared samples to preview, those of training otherwise
     "seed": 0,
@@ -73,7 +75,9 @@ def run(config: dict, *, data: Path, output: Path, device: str = "auto", minutes
     """
     unknown = set(config) - set(DEFAULTS) - {"components", "phases"}
     if unknown or "components" not in config or "phases" not in config:
-        raise InputError(f"config: unknown keys {sorted(unknown)}, needs components and phases. Start from multiview-small.json.")
+        raise InputError(
+            f"config: unknown keys {sorted(unknown)}, needs components and phases. Start from multiview-small.json."
+        )
     config = {**DEFAULTS, **config}
     phases = config["phases"]
     limits = {name: phase.get("minutes") for name, phase in phases.items()}
@@ -108,7 +112,9 @@ def run(config: dict, *, data: Path, output: Path, device: str = "auto", minutes
         default_guidance_scale=config["default_guidance_scale"],
     )
     latents = LatentDataset(data, config, pipeline, output / "latents")
-    objective = DenoiserObjective(config, pipeline, latents.grey, preview_examples(config["validation"] or data, config))
+    objective = DenoiserObjective(
+        config, pipeline, latents.grey, preview_examples(config["validation"] or data, config)
+    )
     train(objective, latents, phases["unet"], output, device=device, minutes=limits["unet"])
 
 
@@ -198,7 +204,9 @@ def rig_slice(prepared: PreparedDataset, config: dict) -> slice:
     """Where the rig's six views are among those of a prepared sample."""
     rigs = list(prepared.meta["rigs"])
     if config["rig"] not in rigs:
-        raise InputError(f"{prepared.path}: was prepared for {', '.join(rigs)}, not for the config's rig {config['rig']!r}.")
+        raise InputError(
+            f"{prepared.path}: was prepared for {', '.join(rigs)}, not for the config's rig {config['rig']!r}."
+        )
     first = ROWS * COLUMNS * rigs.index(config["rig"])
     return slice(first, first + ROWS * COLUMNS)
 
@@ -300,9 +308,8 @@ class AutoencoderObjective:
     def __init__(self, config: dict):
         self.config = config
         self.vae = seeded(build_vae, config)
-        # Start almost without noise in the latents: with unit variance, grey everywhere is a minimum that is hard to leave.
-        with torch.no_grad():
-            self.vae.quant_conv.bias[self.vae.config.latent_channels :] = -6.0
+        if config["color_init"]:
+            initialize_with_colors(self.vae)
         self.vae.to(memory_format=torch.channels_last)  # faster on a CPU
         self.modules = nn.ModuleDict({"vae": self.vae})
         self._example: Tensor | None = None
@@ -382,7 +389,10 @@ class VisionObjective:
             pick = torch.randint(pool.shape[1], (len(items),), generator=generator)
             pairs.append(pool[torch.arange(len(items)), pick])
         order = torch.randperm(3, generator=generator)  # one order a batch, so that colours still tell objects apart
-        return {"pairs": to_pixels(torch.cat(pairs)[:, order], 1.0), "object": torch.stack([item["object"] for item in items])}
+        return {
+            "pairs": to_pixels(torch.cat(pairs)[:, order], 1.0),
+            "object": torch.stack([item["object"] for item in items]),
+        }
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         size = self.vision.config.image_size
@@ -442,7 +452,9 @@ class DenoiserObjective:
             "latents": scale_latents(tile * self.pipeline.vae.config.scaling_factor),
             "reference": reference,
             "context": context,
-            "timesteps": torch.randint(self.noise_scheduler.config.num_train_timesteps, (len(items),), generator=generator),
+            "timesteps": torch.randint(
+                self.noise_scheduler.config.num_train_timesteps, (len(items),), generator=generator
+            ),
             "noise": torch.randn(tile.shape, generator=generator),
             "reference_noise": torch.randn(reference.shape, generator=generator),
         }
@@ -486,7 +498,10 @@ class DenoiserObjective:
         MultiViewTilePipeline(**components, **self._scalars()).save_pretrained(output / "pipeline")
 
     def _scalars(self) -> dict:
-        return {key: self.config[key] for key in ("view_size", "rig", "default_num_inference_steps", "default_guidance_scale")}
+        return {
+            key: self.config[key]
+            for key in ("view_size", "rig", "default_num_inference_steps", "default_guidance_scale")
+        }
 
 
 def _save_whole(model, folder: Path) -> None:

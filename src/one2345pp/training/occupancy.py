@@ -79,7 +79,10 @@ class OccupancyObjective:
         if self.validation is None:
             return
         generator = step_generator(0, 0)
-        quiet = {**self.augmentation, **dict.fromkeys(("mirror", "recolor", "rekey", "blur", "drop_view", "perturb"), 0.0)}
+        quiet = {
+            **self.augmentation,
+            **dict.fromkeys(("mirror", "recolor", "rekey", "blur", "drop_view", "perturb"), 0.0),
+        }
         ious, rows = [], []
         for index in range(min(len(self.validation), 64)):
             batch = training_views.SampleBatch([self.validation[index]], quiet, generator)

@@ -81,7 +81,9 @@ class SparseObjective:
         noise = torch.randn(target.shape, generator=generator).to(device)
         timesteps = torch.randint(1000, (grid.batch_size,), generator=generator).to(device)
         noisy = self.scheduler.add_noise(target, noise, timesteps[grid.sample_index])
-        keep = (torch.rand(grid.batch_size, generator=generator) >= self.settings["condition_dropout"]).float().to(device)
+        keep = (
+            (torch.rand(grid.batch_size, generator=generator) >= self.settings["condition_dropout"]).float().to(device)
+        )
         vector = self.global_vector.dropped(batch["inputs"], keep, self.settings["vector_dropout"], generator)
         prediction = self.predict(noisy, timesteps, batch, keep, vector)
         error = (prediction - target).square()
@@ -103,7 +105,10 @@ class SparseObjective:
         if self.validation is None:
             return
         generator = step_generator(0, 0)
-        quiet = {**self.augmentation, **dict.fromkeys(("mirror", "recolor", "rekey", "blur", "drop_view", "perturb"), 0.0)}
+        quiet = {
+            **self.augmentation,
+            **dict.fromkeys(("mirror", "recolor", "rekey", "blur", "drop_view", "perturb"), 0.0),
+        }
         device = modules["unet"].device
         errors, rows = [], []
         for index in range(min(len(self.validation), 32)):

@@ -1,0 +1,152 @@
+"""Data preparation and training of the volume networks: what is learned from, that it learns, that a cut run goes on."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+
+from one2345pp import CameraRig
+from one2345pp.data.dataset import PreparedDataset
+from one2345pp.data.prepare import RIGS, prepare
+from one2345pp.errors import InputError
+from one2345pp.models.condition_encoder import ConditionEncoder
+from one2345pp.models.unet_occupancy import OccupancyUNet3DModel
+from one2345pp.training import occupancy, sparse
+from one2345pp.training.loop import train
+from one2345pp.training.views import DEFAULTS, SampleBatch
+
+
+CONDITION = {"channels": [8, 8], "image_size": 16, "stem_channels": [8], "patch_channels": 0, "hidden_channels": 8}
+UNET = {"block_out_channels": [8, 8], "condition_channels": [8, 8], "norm_num_groups": 4}
+CONFIG = {
+    "occupancy": {
+        "unet": UNET | {"sample_size": 8, "attention_levels": [], "dropout": 0.0},
+        "condition": CONDITION | {"resolution": 8},
+        "training": {"batch_size": 2, "max_steps": 4, "lr": 1e-3},
+    },
+    "sparse": {
+        "unet": UNET | {"sample_size": 16, "pixel_channels": 4},
+        "condition": CONDITION | {"resolution": 16},
+        "training": {"batch_size": 2, "max_steps": 4, "lr": 1e-3},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Two objects with a front, two azimuth frames each: 16^3 volumes, 16 px views."""
+    folder = tmp_path_factory.mktemp("meshes")
+    for name, nose in (("box", trimesh.creation.box((0.2, 0.2, 0.5))), ("ball", trimesh.creation.icosphere(2, 0.25))):
+        mesh = trimesh.util.concatenate([trimesh.creation.box((0.6, 0.5, 0.3)), nose.apply_translation([0, 0, 0.3])])
+        red_front = np.where(mesh.triangles_center[:, 2:] > 0.2, [[255, 0, 0, 255]], [[0, 0, 255, 255]]).astype(
+            np.uint8
+        )
+        mesh.visual = trimesh.visual.ColorVisuals(mesh, face_colors=red_front)
+        mesh.export(folder / f"{name}.ply")
+    (folder / "table.csv").write_text("name,tier\nbox,scan\nball,lowpoly\n")
+    output = tmp_path_factory.mktemp("prepared")
+    (folder / "broken.ply").write_bytes(b"no mesh")
+    meshes = [folder / f"{name}.ply" for name in ("box", "ball", "broken")]
+    problems = prepare(meshes, output, frames=2, view_size=16, resolution=16, workers=1, table=folder / "table.csv")
+    assert [problem.split(":")[0] for problem in problems] == ["broken", "broken"]
+    return PreparedDataset(output)
+
+
+def test_prepared_samples_hold_what_the_docs_say(dataset):
+    assert len(dataset) == 4
+    assert dataset.weights.tolist() == [1.0, 4.0, 1.0, 4.0]
+    item = dataset[0]
+    assert item["views"].shape == (12, 16, 16, 4)
+    assert item["inputs"].shape == (2, 16, 16, 4)
+    assert item["sdf"].shape == (16, 16, 16)
+    assert item["sdf"].dtype == torch.int8
+    assert len(item["coords"]) == len(item["colors"])
+
+
+def test_volume_and_views_of_a_frame_share_its_world(dataset):
+    """Oracle: where a view's centre pixel is opaque, walking along its ray meets the inside of the volume, in every frame."""
+    for item in (dataset[index] for index in range(len(dataset))):
+        rig = CameraRig.cat([CameraRig.named(name) for name in RIGS])
+        origins, directions = rig.rays(17)
+        inside = item["sdf"] < 0
+        for view in range(12):
+            steps = torch.linspace(0, 2.5, 400)[:, None]
+            points = origins[view] + steps * directions[view, 8, 8]
+            cells = ((points + 0.5) * 16).floor().long()
+            hit = ((cells >= 0) & (cells < 16)).all(1)
+            assert inside[tuple(cells[hit].T)].any(), "all our views look at the solid centre"
+            assert item["views"][view, 8, 8, 3] == 255
+
+
+def test_shell_occupancy_is_the_coarse_cells_near_the_surface():
+    sdf = torch.ones(1, 4, 4, 4)
+    sdf[0, 3, 0, 1] = 0.3
+    assert occupancy.shell_occupancy(sdf, 0.4).nonzero().tolist() == [[0, 1, 0, 0]]
+    assert not occupancy.shell_occupancy(sdf, 0.2).any()
+
+
+def test_mirrored_samples_stay_consistent(dataset):
+    """Oracle: with cameras mirrored too, opaque pixels still lie on projections of the solid; a one-sided mirror would not."""
+    config = {**DEFAULTS, **dict.fromkeys(DEFAULTS, 0.0), "image_size": 16, "mirror": 1.0}
+    batch = SampleBatch([dataset[3]], config, torch.Generator().manual_seed(0))
+    centers = (((batch.sdf[0] < 0).nonzero() + 0.5) / 16 - 0.5).float()
+    alpha = batch.views.sample(batch.views.images[0, :, 3:], centers, 0)[..., 0]
+    assert (alpha > 0).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("stage", ["occupancy", "sparse"])
+def test_training_learns_and_a_cut_run_goes_on(stage, dataset, tmp_path):
+    """Two runs of two steps give the weights of one run of four; what they save loads."""
+    module, config = {"occupancy": occupancy, "sparse": sparse}[stage], CONFIG[stage]
+    constant = {**config, "training": config["training"] | {"lr_schedule": "constant", "warmup_steps": 1}}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    module.run(constant, data=dataset.path, output=whole, device="cpu", validation=dataset.path)
+    for steps in (2, 4):
+        cut = {**constant, "training": constant["training"] | {"max_steps": steps}}
+        module.run(cut, data=dataset.path, output=parts, device="cpu")
+    states = [torch.load(folder / "state.pt", weights_only=True)["modules"] for folder in (whole, parts)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    figures = [json.loads(line) for line in (whole / "validation.jsonl").read_text().splitlines()]
+    assert figures[-1]["step"] == 4
+    assert list(whole.glob("preview-*.png"))
+    encoder = ConditionEncoder.from_pretrained(whole / f"{stage}_condition")
+    assert encoder.config.sparse == (stage == "sparse")
+    if stage == "occupancy":
+        assert OccupancyUNet3DModel.from_pretrained(whole / "occupancy_unet").config.sample_size == 8
+
+
+@pytest.mark.parametrize("stage", ["occupancy", "sparse"])
+def test_loss_falls_on_one_batch(stage, dataset):
+    module, config = {"occupancy": occupancy, "sparse": sparse}[stage], CONFIG[stage]
+    kind = {"occupancy": "OccupancyObjective", "sparse": "SparseObjective"}[stage]
+    cells = dataset.truncation * dataset.meta["resolution"]
+    objective = getattr(module, kind)(config, cells)
+    batch = objective.collate([dataset[0], dataset[1]], torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(objective.modules.parameters(), 1e-2)
+    losses = []
+    for _ in range(25):
+        loss, _ = objective.loss(batch, torch.Generator().manual_seed(1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_support_noise_changes_the_support_and_none_gives_the_children(dataset):
+    objective = sparse.SparseObjective(CONFIG["sparse"], dataset.truncation * dataset.meta["resolution"])
+    quiet = {**DEFAULTS, **dict.fromkeys(DEFAULTS, 0.0), "image_size": 16}
+    sample = SampleBatch([dataset[0]], quiet, torch.Generator().manual_seed(0))
+    clean = objective.batch(sample, 0.0, torch.Generator().manual_seed(0))["grid"]
+    occupied = occupancy.shell_occupancy(sample.sdf, objective.threshold)
+    assert len(clean) == 8 * occupied.sum()
+    assert len(objective.batch(sample, 0.5, torch.Generator().manual_seed(0))["grid"]) != len(clean)
+
+
+def test_unknown_training_keys_and_missing_data_are_refused(dataset, tmp_path):
+    with pytest.raises(InputError, match="max_step"):
+        train(None, dataset, {"max_step": 1}, tmp_path)
+    with pytest.raises(InputError, match="prepare"):
+        PreparedDataset(tmp_path)

@@ -17,7 +17,7 @@ from one2345pp.geometry.render import contact_sheet, render, turntable
 
 @pytest.fixture
 def quad():
-    """A square on z=0, [-0.25, 0.25]^2, whose texture is red, green / blue, white (upper left, upper right / lower left, lower right)."""
+    """A square on z=0, [-0.25, 0.25]^2, with a texture of red, green above blue, white."""
     vertices = np.array([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]]) / 4
     texture = Image.fromarray(
         np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8).repeat(8, 0).repeat(8, 1)

@@ -18,9 +18,9 @@ TIER_WEIGHTS = {"scan": 4.0, "textured": 4.0, "lowpoly": 1.0}  # 87% of the obje
 class PreparedDataset(Dataset):
     """Azimuth frames of objects, as `prepare` wrote them.
 
-    An item is a dict: `name` and `tier` (str), `views [V, S, S, 4]` (six of each rig) and `inputs [I, S, S, 4]` (uint8, straight alpha), `sdf [X, Y, Z]`
-    (int8, 127 is the truncation distance `truncation` in world units), `coords [N, 3]` (int64) and `colors [N, 3]` (uint8) of the cells
-    with |sdf| < 127. The last three are missing where `prepare` made no volumes.
+    An item is a dict: `name` and `tier` (str), `views [V, S, S, 4]` (six of each rig) and `inputs [I, S, S, 4]` (uint8, straight
+    alpha), `sdf [X, Y, Z]` (int8, 127 is the truncation distance `truncation` in world units), `coords [N, 3]` (int64) and
+    `colors [N, 3]` (uint8) of the cells with |sdf| < 127. The last three are missing where `prepare` made no volumes.
 
     Args:
         path: Folder that `prepare` wrote, possibly still writing.

@@ -1,7 +1,7 @@
 """Meshes to training samples: for each object a few azimuth frames, each with views, input pictures and a volume.
 
-A frame is one file `NAME.FRAME.npz`, read by `data.dataset`. Everything in it is in the world of the frame's azimuth: the pictures a camera
-sees when that azimuth is the front, and the volume of the object turned likewise.
+A frame is one file `NAME.FRAME.npz`, read by `data.dataset`. Everything in it is in the world of the frame's azimuth: the pictures
+that cameras see when that azimuth is the front, and the volume of the object turned likewise.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _make_volume(mesh: trimesh.Trimesh, azimuth: float, resolution: int) -> dict
 
 
 def render_input(mesh: trimesh.Trimesh, azimuth: float, size: int, rng: np.random.Generator) -> np.ndarray:
-    """The picture a person might take of the front: any elevation and lens, light from anywhere above, framed. `[size, size, 4]` uint8."""
+    """The picture a person might take of the front: any elevation and lens, light from above, framed. `[size, size, 4]` uint8."""
     elevation, fov = rng.uniform(*INPUT_ELEVATIONS), math.radians(rng.uniform(*INPUT_FOVS))
     rig = CameraRig.from_angles([azimuth], elevation, fov, 0.5 / math.sin(fov / 2))
     light = None

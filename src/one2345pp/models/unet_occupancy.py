@@ -28,7 +28,7 @@ class OccupancyUNet3DOutput(BaseOutput):
 
 
 class OccupancyResBlock(nn.Module):
-    """Two convolutions; time shifts and the global vector scales what lies between them. `[B, C_in, X, Y, Z] -> [B, C_out, X, Y, Z]`."""
+    """Two convolutions; time shifts and the global vector scales what lies between. `[B, C_in, X, Y, Z] -> [B, C_out, X, Y, Z]`."""
 
     def __init__(self, in_channels: int, out_channels: int, global_channels: int, groups: int, dropout: float):
         super().__init__()

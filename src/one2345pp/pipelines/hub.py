@@ -160,7 +160,7 @@ class SelfContainedMixin:
 
 
 def _load_as_float32(config_path: Path) -> None:
-    """Let a transformers model load as float32 by default, as diffusers' models do; else half weights on disk give a mixed pipeline."""
+    """Let a transformers model load as float32 by default, as diffusers' models do; else half weights stay half."""
     if config_path.is_file():
         config = json.loads(config_path.read_text(encoding="utf-8"))
         if config.get("dtype", "float32") != "float32":

@@ -1,4 +1,4 @@
-"""One accelerate loop for every network: weighted sampling, EMA, exact resume, a time limit. What is learned lives in the objectives."""
+"""One accelerate loop for every network: weighted sampling, EMA, exact resume, a time limit. Objectives live beside it."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Objective(Protocol):
     """What a network learns.
 
     `modules` holds what is trained. `collate(items, generator)` makes a batch of dataset items, augmentation included.
-    `loss(batch, generator)` returns the scalar to minimise and figures for the log. `preview(modules, path)` draws a PNG, `save(modules, folder)`
-    writes the components; both are called with the averaged weights in `modules`.
+    `loss(batch, generator)` returns the scalar to minimise and figures for the log. `preview(modules, path)` draws a PNG,
+    `save(modules, folder)` writes the components; both are called with the averaged weights in `modules`.
     """
 
     modules: nn.ModuleDict

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
@@ -40,7 +39,7 @@ def subdivide(
 
 
 class SparseObjective:
-    """||f(x_t, t, c) - x_0||^2 on the children of occupied cells, t uniform, averaged over each sample's voxels (One-2-3-45++ section 3.2)."""
+    """||f(x_t, t, c) - x_0||^2 on the children of occupied cells, t uniform, mean over each sample's voxels (One-2-3-45++ 3.2)."""
 
     def __init__(self, config: dict, truncation_cells: float, validation: PreparedDataset | None = None):
         self.settings = {**DEFAULTS, **config.get("objective", {})}

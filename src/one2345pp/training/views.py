@@ -1,4 +1,4 @@
-"""What the volume networks are conditioned on while they learn: true views made as imperfect as generated ones. Losses live elsewhere."""
+"""What the volume networks are conditioned on while they learn: true views made as imperfect as drawn ones. Losses live elsewhere."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class SampleBatch:
             picture = picture.movedim(-1, 0).float() / 255
             sdf = item["sdf"].float() / 127
             color = torch.zeros(3, *sdf.shape)
-            color[:, *item["coords"].T] = item["colors"].T.float() / 127.5 - 1
+            x, y, z = item["coords"].T
+            color[:, x, y, z] = item["colors"].T.float() / 127.5 - 1
             matrix, tangent = rig.world_to_camera, rig.tan_half_fov
             if chance("mirror"):
                 views, picture, sdf, color = views.flip(-1), picture.flip(-1), sdf.flip(0), color.flip(1)

@@ -115,6 +115,7 @@ def test_saved_chain_is_the_chain(tiny_chain, picture, tmp_path):
     assert same(tiny_chain(picture, generator=seeded()), again(picture, generator=seeded()))
 
 
+@pytest.mark.slow
 def test_any_diffusers_program_runs_the_chain(tiny_chain_folder, fresh_python):
     """A program that knows diffusers only loads the folder and gets meshes; our own schedulers can be overridden there."""
     code = """

@@ -68,6 +68,7 @@ def test_model_index_is_what_other_machines_can_read(saved):
     shutil.rmtree(folder / "again")
 
 
+@pytest.mark.slow
 def test_diffusers_programs_load_and_save(saved, fresh_python, tmp_path):
     """Programs that never imported the package get the installed class and the same picture: as the folder stands, with another
     scheduler, saved again from there, by `custom_pipeline`, and as a half precision variant."""

@@ -1,0 +1,84 @@
+"""The checkpoint in the package: its size and form, and that one command makes the same textured mesh twice within its memory."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+
+from one2345pp import default_checkpoint
+from one2345pp.errors import InputError
+
+
+ROOT = Path(__file__).parents[1]
+
+try:
+    FOLDER = default_checkpoint()
+except InputError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+GENERATE = """
+import resource, sys, time
+from one2345pp.cli import main
+start = time.monotonic()
+status = main(["generate", sys.argv[1], "-o", sys.argv[2], "--preview", sys.argv[3], "--quiet"])
+print(status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, time.monotonic() - start)
+"""
+
+
+def test_size_and_card():
+    """At most 60 MB, with a card that says what it cannot do."""
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) < 60e6
+    card = (FOLDER / "README.md").read_text()
+    assert card == (ROOT / "model_cards" / "default.md").read_text()
+    assert "cannot" in card
+
+
+def test_weights_are_half_on_disk_and_float_in_memory():
+    from safetensors import safe_open
+
+    from one2345pp import One2345PlusPlusPipeline
+
+    for file in FOLDER.glob("*/*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118, not a dict
+        assert kinds <= {"F16", "I64"}, file
+    pipe = One2345PlusPlusPipeline.from_pretrained(FOLDER)
+    assert str(pipe.unet.dtype) == str(pipe.occupancy_unet.dtype) == "torch.float32"
+
+
+def test_any_diffusers_program_loads_it(fresh_python):
+    code = """
+import sys
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(type(pipe).__name__, type(pipe.occupancy_scheduler).__name__)
+"""
+    assert fresh_python(code, FOLDER).split() == ["One2345PlusPlusPipeline", "LogSNRScheduler"]
+
+
+def test_paths_in_its_files_are_nobodys():
+    """No local path leaked into the configs."""
+    for file in FOLDER.rglob("*.json"):
+        if file.name != "tokenizer.json":
+            assert "_name_or_path" not in json.loads(file.read_text()), file
+
+
+def test_one_image_becomes_the_same_textured_mesh_twice(fresh_python, tmp_path):
+    """README command 1 without the installation: exit 0, at most 4 GiB, a texture, and the same bytes again."""
+    contents = []
+    for run in ("first", "second"):
+        mesh, preview = tmp_path / f"{run}.glb", tmp_path / f"{run}.png"
+        status, gibibytes, _seconds = fresh_python(GENERATE, ROOT / "examples" / "mug.png", mesh, preview).split()[-3:]
+        assert status == "0"
+        assert float(gibibytes) < 4
+        contents.append(mesh.read_bytes())
+    assert contents[0] == contents[1]
+    loaded = trimesh.load(tmp_path / "first.glb", force="mesh")
+    assert len(loaded.faces) > 100
+    assert np.linalg.norm(loaded.vertices, axis=1).max() < 0.6
+    assert np.asarray(loaded.visual.material.baseColorTexture).std() > 1
+    assert np.asarray(Image.open(tmp_path / "first.png").convert("L")).std() > 5

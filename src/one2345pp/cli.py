@@ -107,10 +107,12 @@ def build_parser() -> OneLineParser:
     evaluate.add_argument("--gt", type=Path, required=True, metavar="DIR", help="folder of true meshes")
     evaluate.add_argument("-o", "--output", type=Path, required=True, metavar="REPORT", help=".json file, or a folder")
 
-    convert = command("convert", "checkpoints in, folders for the Hub out")
+    text = "checkpoints in, folders for the Hub out"
+    convert = commands.add_parser("convert", help=text, description=text, allow_abbrev=False)
     kinds = convert.add_subparsers(dest="kind", required=True, metavar="KIND")
     text = "the outputs of the three trainings to one folder"
     join = kinds.add_parser("assemble", help=text, description=text, allow_abbrev=False)
+    _add_shared(join)
     join.add_argument("--multiview", type=Path, required=True, metavar="DIR", help="folder of a first stage")
     join.add_argument("--occupancy", type=Path, required=True, metavar="DIR", help="output of train occupancy")
     join.add_argument("--sparse", type=Path, required=True, metavar="DIR", help="output of train sparse")

@@ -140,8 +140,7 @@ def prepare(args: argparse.Namespace) -> int:
     if args.split is not None:
         if args.table is None:
             raise InputError("--split: needs --table CSV, whose column split says which mesh is in it.")
-        with open(args.table, newline="") as file:
-            wanted = {row["name"] for row in csv.DictReader(file) if row["split"] == args.split}
+        wanted = _names_of_split(args.table, args.split)
         meshes = [mesh for mesh in meshes if mesh.stem in wanted]
     if not meshes:
         raise InputError(f"{args.meshes[0]}: holds no mesh files ({', '.join(MESH_SUFFIXES)}).")
@@ -343,6 +342,18 @@ def _simplified(mesh: trimesh.Trimesh, faces: int | None) -> trimesh.Trimesh:
     from .geometry.extract import decimate
 
     return mesh if faces is None else decimate(mesh, faces)
+
+
+def _names_of_split(table: Path, split: str) -> set[str]:
+    """Names in the rows of a CSV whose column `split` says `split`."""
+    try:
+        with open(table, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"--table {table}: cannot be read ({error}).") from None
+    if not rows or not {"name", "split"} <= rows[0].keys():
+        raise InputError(f"--table {table}: has no columns name and split.")
+    return {row["name"] for row in rows if row["split"] == split}
 
 
 def _read_json(path: Path) -> dict:

@@ -70,7 +70,7 @@ def prepare(
         raise InputError("meshes: none given. Pass mesh files or a folder that holds some.")
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    tiers = {row["name"]: row["tier"] for row in csv.DictReader(open(table, newline=""))} if table else {}
+    tiers = {} if table is None else _read_tiers(table)
     meta = {"format": 1, "view_size": view_size, "resolution": resolution, "rigs": rigs, "inputs": INPUTS_PER_FRAME}
     meta["tiers"] = {Path(m).stem: tiers.get(Path(m).stem, "lowpoly") for m in meshes}
     meta["truncation"] = TRUNCATION_CELLS / resolution
@@ -82,6 +82,14 @@ def prepare(
     for problem in problems:
         logger.warning(problem)
     return problems
+
+
+def _read_tiers(table: Path) -> dict[str, str]:
+    try:
+        with open(table, newline="", encoding="utf-8") as file:
+            return {row["name"]: row["tier"] for row in csv.DictReader(file)}
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
+        raise InputError(f"{table}: is not a CSV with the columns name and tier ({error!r}).") from None
 
 
 def _prepare_frame(job: tuple[Path, Path, int, int, dict]) -> str | None:

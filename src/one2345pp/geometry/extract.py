@@ -153,7 +153,7 @@ def _unknown_inside(
 def _vote(region: np.ndarray, voters: np.ndarray, sdf: np.ndarray) -> np.ndarray:
     """`[X, Y, Z]` bool: the connected parts of `region` whose `voters` say inside."""
     labels, count = ndimage.label(region)
-    votes = np.bincount(labels[voters], sdf[voters], minlength=count + 1)
+    votes = np.bincount(labels[voters], sdf[voters], minlength=count + 1).astype(float)  # integers where none votes
     votes /= np.maximum(np.bincount(labels[voters], np.abs(sdf[voters]), minlength=count + 1), 1e-12)
     border = _border(labels)
     share = np.bincount(border, minlength=count + 1) / len(border)

@@ -32,6 +32,7 @@ def assemble(
     *,
     volume: dict | None = None,
     texture: dict | None = None,
+    sign_step_threshold: float | None = None,
     card: Path | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
@@ -44,6 +45,7 @@ def assemble(
         output: Folder to write; replaced when it is whole.
         volume: Scalar arguments of `SparseVolumeDiffusionPipeline`, such as its default steps.
         texture: Scalar arguments of `TextureRefinementPipeline`.
+        sign_step_threshold: Of the occupancy scheduler; LAS-Diffusion has 0.7, the small checkpoint does better without on `val`.
         card: Model card, copied as `README.md`.
         dtype: Of the weights on disk.
     """
@@ -55,7 +57,7 @@ def assemble(
     second = SparseVolumeDiffusionPipeline(
         occupancy_condition=ConditionEncoder.from_pretrained(Path(occupancy) / "occupancy_condition"),
         occupancy_unet=OccupancyUNet3DModel.from_pretrained(Path(occupancy) / "occupancy_unet"),
-        occupancy_scheduler=LogSNRScheduler(sign_step_threshold=0.7),
+        occupancy_scheduler=LogSNRScheduler(sign_step_threshold=sign_step_threshold),
         sparse_condition=ConditionEncoder.from_pretrained(Path(sparse) / "sparse_condition"),
         sparse_unet=sparse_unet,
         sparse_scheduler=LogSNRScheduler(clip_sample=True),

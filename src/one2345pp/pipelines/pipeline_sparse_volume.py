@@ -66,6 +66,7 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         feature_extractor_clip ([`CLIPImageProcessor`], *optional*): Prepares the input image for it.
         patch_encoder ([`Dinov2Model`], *optional*): Patch features of the views, for encoders that were trained with them.
         truncation (`float`): Largest signed distance of the volume, in world units.
+        occupancy_level (`float`): Cells above it are subdivided; below 0 surfaces get fewer holes, for more voxels.
         default_num_occupancy_steps, default_num_sparse_steps (`int`), default_guidance_scale (`float`): What a call uses that
             does not say.
     """
@@ -88,6 +89,7 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         feature_extractor_clip: CLIPImageProcessor | None = None,
         patch_encoder: Dinov2Model | None = None,
         truncation: float = 0.025,
+        occupancy_level: float = 0.0,
         default_num_occupancy_steps: int = 50,
         default_num_sparse_steps: int = 20,
         default_guidance_scale: float = 1.0,
@@ -106,6 +108,7 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         )
         self.register_to_config(
             truncation=truncation,
+            occupancy_level=occupancy_level,
             default_num_occupancy_steps=default_num_occupancy_steps,
             default_num_sparse_steps=default_num_sparse_steps,
             default_guidance_scale=default_guidance_scale,
@@ -233,7 +236,7 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         occupancy: Tensor,  # [B, 1, x, y, z]
     ) -> SparseGrid:
         """The eight children of every occupied cell."""
-        occupied = occupancy[:, 0] > 0
+        occupied = occupancy[:, 0] > self.config.occupancy_level
         for index, sample in enumerate(occupied):
             if not sample.any():
                 raise InputError(

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 
 from one2345pp.errors import InputError
 from one2345pp.pipelines.pipeline_multiview_tile import MultiViewTilePipeline, scale_latents
-from one2345pp.training import multiview
+from one2345pp.training import multiview, tiles
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -74,9 +74,9 @@ def test_finished_phases_are_not_repeated_and_the_unet_goes_on(data, trained):
 
 def test_folding_standardises_latents_and_changes_no_picture(data):
     """Oracle: reconstructions before and after, posterior noise included; the statistics that the scaling factor promises."""
-    images = multiview.ImageDataset(data, {**multiview.DEFAULTS, **CONFIG})
+    images = tiles.ImageDataset(data, {**multiview.DEFAULTS, **CONFIG})
     vae = multiview.seeded(multiview.build_vae, {**CONFIG, "seed": 0})
-    pixels = multiview.to_pixels(torch.cat([item["views"] for item in images.items]))
+    pixels = tiles.to_pixels(torch.cat([item["views"] for item in images.items]))
 
     def reconstruct() -> torch.Tensor:
         posterior = vae.encode(pixels).latent_dist
@@ -94,7 +94,7 @@ def test_folding_standardises_latents_and_changes_no_picture(data):
 def test_tiles_of_training_are_the_tiles_of_the_pipeline():
     """Oracle: the pipeline's own cutting inverts it."""
     views = torch.rand(2, 6, 3, 4, 5)
-    torch.testing.assert_close(MultiViewTilePipeline.split_views(multiview.to_tile(views)), views)
+    torch.testing.assert_close(MultiViewTilePipeline.split_views(tiles.to_tile(views)), views)
 
 
 def test_training_pixels_are_those_of_the_feature_extractors():
@@ -103,15 +103,15 @@ def test_training_pixels_are_those_of_the_feature_extractors():
     components = multiview.build_components(config)
     picture = torch.randint(0, 255, (SIZE, SIZE, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     picture[..., 3] = 255
-    flat = multiview.flatten(picture, SIZE)
+    flat = tiles.flatten(picture, SIZE)
     for name, scale in (("feature_extractor_vae", multiview.IMAGE_SCALE), ("feature_extractor_clip", 1.0)):
-        expected = components[name]([multiview.to_pil(flat)], return_tensors="pt").pixel_values[0]
-        torch.testing.assert_close(multiview.to_pixels(flat, scale), expected, atol=1e-5, rtol=1e-5)
+        expected = components[name]([tiles.to_pil(flat)], return_tensors="pt").pixel_values[0]
+        torch.testing.assert_close(tiles.to_pixels(flat, scale), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_transparent_training_pixels_are_grey():
     clear = torch.zeros(2, 24, 24, 4, dtype=torch.uint8)
-    assert (multiview.flatten(clear, SIZE) == 127).all()
+    assert (tiles.flatten(clear, SIZE) == 127).all()
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def denoiser(data, trained):
     """The objective of the UNet over the latents of the run."""
     config = {**multiview.DEFAULTS, **CONFIG, "condition_dropout": 0.5}
     pipe = MultiViewTilePipeline.from_pretrained(trained / "pipeline")
-    latents = multiview.LatentDataset(data, config, pipe, trained / "latents")
+    latents = tiles.LatentDataset(data, config, pipe, trained / "latents")
     return multiview.DenoiserObjective(config, pipe, latents.grey, []), latents
 
 
@@ -138,8 +138,8 @@ def test_dropped_conditions_are_the_negative_branch_of_the_pipeline(denoiser):
 def test_latents_decode_to_the_tile(data, denoiser):
     """Oracle: what the UNet learns, taken back as the pipeline does, is the autoencoder's picture of the true tile."""
     objective, latents = denoiser
-    pipe, images = objective.pipeline, multiview.ImageDataset(data, {**multiview.DEFAULTS, **CONFIG})
-    tile = multiview.to_pixels(multiview.to_tile(images[0]["views"])[None])
+    pipe, images = objective.pipeline, tiles.ImageDataset(data, {**multiview.DEFAULTS, **CONFIG})
+    tile = tiles.to_pixels(tiles.to_tile(images[0]["views"])[None])
     with torch.no_grad():
         expected = pipe.vae.decode(pipe.vae.encode(tile).latent_dist.mode()).sample / multiview.IMAGE_SCALE
         learned = scale_latents(latents[0]["tile"].float()[None] * pipe.vae.config.scaling_factor)
@@ -191,7 +191,7 @@ def test_other_samples_of_an_object_are_no_counterexamples(data):
     """Oracle: with one object only there is nothing to tell apart, and the loss is zero."""
     config = {**multiview.DEFAULTS, **CONFIG}
     objective = multiview.VisionObjective(config)
-    items = [{**item, "object": torch.tensor(0)} for item in multiview.ImageDataset(data, config).items]
+    items = [{**item, "object": torch.tensor(0)} for item in tiles.ImageDataset(data, config).items]
     loss, _ = objective.loss(objective.collate(items, torch.Generator().manual_seed(0)), None)
     assert loss.item() == pytest.approx(0, abs=1e-6)
 

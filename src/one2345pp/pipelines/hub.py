@@ -139,6 +139,7 @@ class SelfContainedMixin:
             if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
                 continue
             module, class_name = entry
+            _forget_origin(folder / name / "config.json")
             for stale in (folder / name).glob(f"{PACKAGE}.*.py"):
                 stale.unlink()
             if _is_public(module, class_name):
@@ -157,6 +158,14 @@ class SelfContainedMixin:
             )
             (folder / "pipeline.py").write_text(shim, encoding="utf-8")
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _forget_origin(config_path: Path) -> None:
+    """Drop the local path that a model was loaded from."""
+    if config_path.is_file():
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _load_as_float32(config_path: Path) -> None:

@@ -4,20 +4,15 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import trimesh
 from PIL import Image
 
 from one2345pp import default_checkpoint
-from one2345pp.errors import InputError
 
 
 ROOT = Path(__file__).parents[1]
 
-try:
-    FOLDER = default_checkpoint()
-except InputError as error:
-    pytest.skip(str(error), allow_module_level=True)
+FOLDER = default_checkpoint()
 
 
 GENERATE = """

@@ -80,7 +80,7 @@ def build_parser() -> OneLineParser:
     _add_mesh(refine)
 
     prepare = command("prepare", "meshes to a data set for training")
-    prepare.add_argument("meshes", nargs="+", type=Path, metavar="MESH", help="mesh files, or folders of them")
+    prepare.add_argument("meshes", nargs="*", type=Path, metavar="MESH", help="mesh files, or folders of them")
     prepare.add_argument("-o", "--output", type=Path, required=True, metavar="DATASET", help="folder of the data set")
     prepare.add_argument(
         "--frames", type=positive, default=2, metavar="N", help="azimuths of the input view, for each mesh"
@@ -92,7 +92,9 @@ def build_parser() -> OneLineParser:
     prepare.add_argument("--workers", type=positive, metavar="N", help="processes; defaults to one for each core")
     prepare.add_argument("--table", type=Path, metavar="CSV", help="columns name, tier, split: sampling by tier")
     prepare.add_argument("--split", metavar="NAME", help="only meshes of this split of the table")
-    prepare.add_argument("--views-only", action="store_true", help="no volumes and one rig: enough for train multiview")
+    text = "for train multiview: only views of this rig, six azimuths of the input view in each frame"
+    prepare.add_argument("--shapes", type=int, default=0, metavar="N", help="random procedural objects, beside meshes")
+    prepare.add_argument("--rings", choices=RIGS, metavar="RIG", help=text)
 
     train = command("train", "train one stage")
     train.add_argument("stage", choices=("multiview", "occupancy", "sparse"))

@@ -142,7 +142,7 @@ def prepare(args: argparse.Namespace) -> int:
             raise InputError("--split: needs --table CSV, whose column split says which mesh is in it.")
         wanted = _names_of_split(args.table, args.split)
         meshes = [mesh for mesh in meshes if mesh.stem in wanted]
-    if not meshes:
+    if args.meshes and not meshes:
         raise InputError(f"{args.meshes[0]}: holds no mesh files ({', '.join(MESH_SUFFIXES)}).")
     problems = prepare_data(
         meshes,
@@ -153,7 +153,8 @@ def prepare(args: argparse.Namespace) -> int:
         workers=args.workers,
         seed=args.seed or 0,
         table=args.table,
-        **({"volumes": False, "rigs": ("zero123plus-v1.2",)} if args.views_only else {}),
+        rings=args.rings,
+        shapes=args.shapes,
     )
     return max((report(InputError(problem)) for problem in problems), default=0)
 

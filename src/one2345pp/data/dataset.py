@@ -12,7 +12,12 @@ from torch.utils.data import Dataset
 from ..errors import InputError
 
 
-TIER_WEIGHTS = {"scan": 4.0, "textured": 4.0, "lowpoly": 1.0}  # 87% of the objects at hand are low-poly
+TIER_WEIGHTS = {
+    "scan": 4.0,
+    "textured": 4.0,
+    "lowpoly": 1.0,
+    "procedural": 1.0,
+}  # 87% of the objects at hand are low-poly
 
 
 class PreparedDataset(Dataset):
@@ -20,7 +25,8 @@ class PreparedDataset(Dataset):
 
     An item is a dict: `name` and `tier` (str), `views [V, S, S, 4]` (six of each rig) and `inputs [I, S, S, 4]` (uint8, straight
     alpha), `sdf [X, Y, Z]` (int8, 127 is the truncation distance `truncation` in world units), `coords [N, 3]` (int64) and
-    `colors [N, 3]` (uint8) of the cells with |sdf| < 127. The last three are missing where `prepare` made no volumes.
+    `colors [N, 3]` (uint8) of the cells with |sdf| < 127. Rings have `views [2, 6, S, S, 4]`, `inputs [6, I, S, S, 4]` and no
+    volume; see `prepare.make_ring`.
 
     Args:
         path: Folder that `prepare` wrote, possibly still writing.

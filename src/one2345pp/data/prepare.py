@@ -1,7 +1,8 @@
-"""Meshes to training samples: for each object a few azimuth frames, each with views, input pictures and a volume.
+"""Meshes to training samples: for each object a few azimuth frames (views, input pictures, a volume) or rings (views alone).
 
 A frame is one file `NAME.FRAME.npz`, read by `data.dataset`. Everything in it is in the world of the frame's azimuth: the pictures
-that cameras see when that azimuth is the front, and the volume of the object turned likewise.
+that cameras see when that azimuth is the front, and the volume of the object turned likewise. A ring is six frames, 60 degrees apart,
+that share their views: a named rig's cameras stand 60 degrees apart at two elevations, so 12 views serve all six.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from ..geometry.mesh import load_mesh, normalize_to_sphere
 from ..geometry.render import render
 from ..geometry.volume import cell_centers
 from ..geometry.voxelize import SurfaceCloud
+from .shapes import random_shape
 
 
 logger = logging.getLogger(__name__)
 
 RIGS = ("zero123plus-v1.2", "zero123plus-v1.1")
 INPUTS_PER_FRAME = 2
+RING = 6  # frames of a ring
 TRUNCATION_CELLS = 3.2  # LAS-Diffusion clips the distance at 0.05 of a half-extent of 1: 3.2 cells of 128
 INPUT_ELEVATIONS, INPUT_FOVS = (-10.0, 40.0), (20.0, 60.0)  # degrees
 
@@ -46,37 +49,42 @@ def prepare(
     workers: int | None = None,
     seed: int = 0,
     table: Path | None = None,
-    rigs: tuple[str, ...] = RIGS,
-    volumes: bool = True,
+    rings: str | None = None,
+    shapes: int = 0,
 ) -> list[str]:
     """Render and voxelise meshes into a folder that training reads. Frames that are there already are kept.
 
     Args:
         meshes: Mesh files; the file's stem is the object's name.
         output: Folder to write.
-        frames: Azimuth frames an object: the front, then random ones.
+        frames: Azimuth frames (or rings) an object: the front, then random ones.
         view_size: Side of the pictures in pixels.
         resolution: Cells along an edge of the volume.
         workers: Processes, defaults to the number of cores.
         seed: With the object's name, decides azimuths, input cameras and light.
         table: CSV with columns `name` and `tier`, for sampling by tier.
-        rigs: Rigs to draw; the volume stages train on both named ones, the first stage needs one.
-        volumes: Whether to make volumes; the first stage needs none.
+        rings: Make rings of this rig, which the first stage learns from, instead of frames, which the volume stages need.
+        shapes: So many random procedural objects beside the meshes, tier `procedural`.
 
     Returns:
         A line for each object that could not be used, saying why.
     """
-    if not meshes:
+    if not meshes and not shapes:
         raise InputError("meshes: none given. Pass mesh files or a folder that holds some.")
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     tiers = {} if table is None else _read_tiers(table)
+    rigs = RIGS if rings is None else (rings,)
     meta = {"format": 1, "view_size": view_size, "resolution": resolution, "rigs": rigs, "inputs": INPUTS_PER_FRAME}
+    meta["rings"] = rings is not None
     meta["tiers"] = {Path(m).stem: tiers.get(Path(m).stem, "lowpoly") for m in meshes}
+    names = [f"procedural_{number:05d}" for number in range(shapes)]
+    meta["tiers"].update(dict.fromkeys(names, "procedural"))
     meta["truncation"] = TRUNCATION_CELLS / resolution
     (output / "index.json").write_text(json.dumps(meta))
-    spec = {"view_size": view_size, "rigs": rigs, "resolution": resolution if volumes else None}
-    jobs = [(Path(m), output, frame, seed, spec) for frame in range(frames) for m in meshes]
+    spec = {"view_size": view_size, **({"resolution": resolution} if rings is None else {"rig": rings})}
+    sources = [*map(Path, meshes), *names]
+    jobs = [(source, output, frame, seed, spec) for frame in range(frames) for source in sources]
     with ProcessPoolExecutor(workers) as pool:
         problems = [problem for problem in pool.map(_prepare_frame, jobs, chunksize=4) if problem]
     for problem in problems:
@@ -92,18 +100,25 @@ def _read_tiers(table: Path) -> dict[str, str]:
         raise InputError(f"{table}: is not a CSV with the columns name and tier ({error!r}).") from None
 
 
-def _prepare_frame(job: tuple[Path, Path, int, int, dict]) -> str | None:
-    path, output, frame, seed, spec = job
-    target = output / f"{path.stem}.{frame}.npz"
+def _prepare_frame(job: tuple[Path | str, Path, int, int, dict]) -> str | None:
+    """One file of `prepare`; a source that is no path is the name of a procedural object, which it decides."""
+    source, output, frame, seed, spec = job
+    name = source.stem if isinstance(source, Path) else source
+    target = output / f"{name}.{frame}.npz"
     if target.exists():
         return None
     torch.set_num_threads(1)  # one process a core already
-    rng = np.random.default_rng([seed, zlib.crc32(path.stem.encode()), frame])
+    number = zlib.crc32(name.encode())
+    rng = np.random.default_rng([seed, number, frame])
     try:
-        mesh = normalize_to_sphere(load_mesh(path))
-        sample = make_frame(mesh, 0.0 if frame == 0 else rng.uniform(0, 360), rng, **spec)
+        if isinstance(source, Path):
+            mesh = normalize_to_sphere(load_mesh(source))
+        else:
+            mesh = random_shape(torch.Generator().manual_seed(number))
+        make = make_ring if "rig" in spec else make_frame
+        sample = make(mesh, 0.0 if frame == 0 else rng.uniform(0, 360), rng, **spec)
     except InputError as error:
-        return f"{path.stem}: {error}"
+        return f"{name}: {error}"
     partial = target.with_name(target.name + ".part")
     with open(partial, "wb") as file:
         np.savez_compressed(file, **sample)
@@ -112,24 +127,38 @@ def _prepare_frame(job: tuple[Path, Path, int, int, dict]) -> str | None:
 
 
 def make_frame(
-    mesh: trimesh.Trimesh,
-    azimuth: float,
-    rng: np.random.Generator,
-    view_size: int,
-    rigs: tuple[str, ...] = RIGS,
-    resolution: int | None = 64,
+    mesh: trimesh.Trimesh, azimuth: float, rng: np.random.Generator, view_size: int, resolution: int = 64
 ) -> dict[str, np.ndarray]:
     """One azimuth frame of a sphere-normalised mesh.
 
     Returns:
-        `views [6 * len(rigs), S, S, 4]` uint8, `inputs [I, S, S, 4]` uint8 and, unless `resolution` is `None`, `sdf [X, Y, Z]` int8
-        (127 is the truncation distance) and `colors [N, 3]` uint8 of the cells with |sdf| < 127 in row-major order.
+        `views [12, S, S, 4]` uint8 (six of each of `RIGS`), `inputs [I, S, S, 4]` uint8, `sdf [X, Y, Z]` int8 (127 is the truncation
+        distance) and `colors [N, 3]` uint8 of the cells with |sdf| < 127 in row-major order.
     """
-    rig = CameraRig.cat([CameraRig.named(name) for name in rigs])
+    rig = CameraRig.cat([CameraRig.named(name) for name in RIGS])
     views = render(mesh, rig.rotated(azimuth), view_size)
     inputs = [render_input(mesh, azimuth, view_size, rng) for _ in range(INPUTS_PER_FRAME)]
-    sample = {"views": views, "inputs": np.stack(inputs)}
-    return sample if resolution is None else {**sample, **_make_volume(mesh, azimuth, resolution)}
+    return {"views": views, "inputs": np.stack(inputs), **_make_volume(mesh, azimuth, resolution)}
+
+
+def make_ring(
+    mesh: trimesh.Trimesh, azimuth: float, rng: np.random.Generator, view_size: int, rig: str = RIGS[0]
+) -> dict[str, np.ndarray]:
+    """Six azimuth frames of a sphere-normalised mesh, at `azimuth + 60 k` degrees, without volumes.
+
+    Returns:
+        `views [2, 6, S, S, 4]` uint8: the rig's first and second elevation, each at `azimuth + 30 + 60 m`; so view `j` of frame `k` is
+        `views[j % 2, (k + j) % 6]`. `inputs [6, I, S, S, 4]` uint8: the pictures of each frame's front.
+    """
+    # The rig and itself turned by 60 degrees: the same azimuths, each at the other elevation.
+    turned = [render(mesh, CameraRig.named(rig).rotated(azimuth + shift), view_size) for shift in (0, 60)]
+    views = np.empty((2, RING, *turned[0].shape[1:]), np.uint8)
+    for shift, drawn in enumerate(turned):
+        for j, view in enumerate(drawn):
+            views[j % 2, (j + shift) % RING] = view
+    fronts = azimuth + 60 * np.arange(RING)
+    inputs = [[render_input(mesh, front, view_size, rng) for _ in range(INPUTS_PER_FRAME)] for front in fronts]
+    return {"views": views, "inputs": np.array(inputs)}
 
 
 def _make_volume(mesh: trimesh.Trimesh, azimuth: float, resolution: int) -> dict[str, np.ndarray]:

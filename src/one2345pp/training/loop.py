@@ -18,11 +18,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from ..errors import InputError
+from .optimizer import MuonAdamW
 
 
 logger = logging.getLogger(__name__)
 
 DEFAULTS = {
+    "optimizer": "adamw",  # or "muon"
     "batch_size": 8,
     "lr": 3e-4,
     "lr_schedule": "cosine",  # to a tenth, over max_steps or minutes, whichever ends first; or "constant"
@@ -118,7 +120,11 @@ def train(
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config["mixed_precision"])
     model = _Loss(objective).to(accelerator.device)
     parameters = [p for p in objective.modules.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config["lr"], weight_decay=config["weight_decay"], betas=(0.9, 0.99))
+    kinds = {"adamw": torch.optim.AdamW, "muon": MuonAdamW}
+    if config["optimizer"] not in kinds:
+        raise InputError(f"training config: optimizer is {config['optimizer']!r}, expected one of {', '.join(kinds)}.")
+    make = kinds[config["optimizer"]]
+    optimizer = make(parameters, lr=config["lr"], weight_decay=config["weight_decay"], betas=(0.9, 0.99))
     ema = EMAModel(parameters, decay=config["ema_decay"], use_ema_warmup=True, power=0.75)
     state = _load_state(output, objective, ema, optimizer)
     step, elapsed = state["step"], state["elapsed"]

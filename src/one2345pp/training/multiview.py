@@ -88,7 +88,7 @@ def run(config: dict, *, data: Path, output: Path, device: str = "auto", minutes
     if not (output / "vae").exists() or not (output / "vision_encoder").exists():
         images = ImageDataset(data, config)
     if not (output / "vae").exists():
-        objective = AutoencoderObjective(config)
+        objective = AutoencoderObjective(config, images.frames.views)
         train(objective, images, phases["vae"], output / "vae-training", device=device, minutes=limits["vae"])
         vae = AutoencoderKL.from_pretrained(output / "vae-training" / "vae")  # the averaged weights
         standardize_latents(vae, images)
@@ -181,8 +181,8 @@ def seeded(build, config: dict):
 class AutoencoderObjective:
     """Pixels, their edges and a little KL, on single views and on whole tiles, as the pipeline uses both."""
 
-    def __init__(self, config: dict):
-        self.config = config
+    def __init__(self, config: dict, frames: Tensor):  # [F, 6], see `tiles.Frames`
+        self.config, self.frames = config, frames
         self.vae = seeded(build_vae, config)
         if config["color_init"]:
             initialize_with_colors(self.vae)
@@ -193,8 +193,8 @@ class AutoencoderObjective:
     def collate(self, items: list[dict], generator: torch.Generator) -> dict[str, Tensor]:
         views = torch.stack([item["views"] for item in items])
         if torch.rand((), generator=generator) < 0.5:
-            rigs = views.unflatten(1, (-1, ROWS * COLUMNS))  # [B, rigs, 6, 3, S, S]
-            images = to_tile(rigs[:, int(torch.randint(rigs.shape[1], (), generator=generator))])
+            frame = int(torch.randint(len(self.frames), (), generator=generator))
+            images = to_tile(views[:, self.frames[frame]])
         else:
             pool = torch.cat([views, torch.stack([item["inputs"] for item in items])], 1)
             images = pool[:, torch.randperm(pool.shape[1], generator=generator)[: ROWS * COLUMNS]].flatten(0, 1)

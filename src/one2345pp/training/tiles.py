@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.dataset import PreparedDataset
+from ..data.prepare import RING
 from ..errors import InputError
 from ..pipelines.pipeline_multiview_tile import BACKGROUND, COLUMNS, IMAGE_SCALE, ROWS, MultiViewTilePipeline
 
@@ -39,31 +40,52 @@ def to_pixels(images: Tensor, scale: float = IMAGE_SCALE) -> Tensor:
     return (images.float() / 127.5 - 1) * scale
 
 
-def rig_slice(prepared: PreparedDataset, config: dict) -> slice:
-    """Where the rig's six views are among those of a prepared sample."""
-    rigs = list(prepared.meta["rigs"])
-    if config["rig"] not in rigs:
-        raise InputError(
-            f"{prepared.path}: was prepared for {', '.join(rigs)}, not for the config's rig {config['rig']!r}."
-        )
-    first = ROWS * COLUMNS * rigs.index(config["rig"])
-    return slice(first, first + ROWS * COLUMNS)
+class Frames:
+    """Which pictures of a prepared item make which tile.
+
+    Attributes:
+        views: For each frame its six views, `[F, 6]` indices into `pictures(...)["views"]`.
+        inputs: Its input pictures, `[F, I]` indices into `pictures(...)["inputs"]`.
+    """
+
+    def __init__(self, prepared: PreparedDataset, config: dict):
+        rigs, self.size = list(prepared.meta["rigs"]), config["view_size"]
+        if config["rig"] not in rigs:
+            raise InputError(
+                f"{prepared.path}: was prepared for {', '.join(rigs)}, not for the config's rig {config['rig']!r}."
+            )
+        first = ROWS * COLUMNS * rigs.index(config["rig"])
+        count = prepared.meta["inputs"]
+        self.rings = prepared.meta.get("rings", False)
+        self.views = torch.arange(first, first + ROWS * COLUMNS)[None]
+        self.inputs = torch.arange(count)[None]
+        if self.rings:
+            j, k = torch.arange(RING), torch.arange(RING)[:, None]
+            # View j of frame k looks from 60 (k + j) + 30 degrees; in the mirror, left and right of the front change places.
+            views = [j % 2 * RING + (k + j) % RING, 2 * RING + j % 2 * RING + (k + RING - 1 - j) % RING]
+            self.views = torch.cat(views)
+            self.inputs = torch.arange(2 * RING * count).view(2 * RING, count)
+
+    def pictures(self, item: dict) -> dict[str, Tensor]:
+        """`views [V, 3, S, S]` and `inputs [I, 3, S, S]` of an item, uint8 on grey; of a ring also mirrored, after the others."""
+        pictures = {}
+        for key in ("views", "inputs"):
+            flat = flatten(item[key], self.size).reshape(-1, 3, self.size, self.size)
+            pictures[key] = torch.cat([flat, flat.flip(-1)]) if self.rings else flat
+        return pictures
 
 
 class ImageDataset(Dataset):
-    """All pictures of the prepared samples, in memory: `views [V, 3, S, S]` and `inputs [I, 3, S, S]`, uint8 on grey.
-
-    An item also has `object`, a number for all samples of one object. `rig` cuts the config's rig from the views.
-    """
+    """All pictures of the prepared samples, in memory; see `Frames.pictures`. An item also has `object`, one number an object."""
 
     def __init__(self, data: Path, config: dict):
         prepared = PreparedDataset(data)
         self.weights = prepared.weights
-        self.rig = rig_slice(prepared, config)
+        self.frames = Frames(prepared, config)
         self.items, names = [], {}
         for item in (prepared[index] for index in range(len(prepared))):
-            pictures = {key: flatten(item[key], config["view_size"]) for key in ("views", "inputs")}
-            self.items.append({**pictures, "object": torch.tensor(names.setdefault(item["name"], len(names)))})
+            number = torch.tensor(names.setdefault(item["name"], len(names)))
+            self.items.append({**self.frames.pictures(item), "object": number})
 
     def __len__(self) -> int:
         return len(self.items)
@@ -75,8 +97,10 @@ class ImageDataset(Dataset):
 class LatentDataset(Dataset):
     """What the UNet learns from, encoded once: `tile [c, h, w]`, `references [I, c, h', w']` and `embeds [I, D]`, float16.
 
+    Views are encoded one by one and laid out as tiles afterwards, since the frames of a ring share them.
+
     Args:
-        folder: Keeps the arrays between runs; only new samples would need encoding, so all are encoded again when there are more.
+        folder: Keeps the arrays between runs. Delete it when there are more samples.
     """
 
     def __init__(self, data: Path, config: dict, pipeline: MultiViewTilePipeline, folder: Path):
@@ -84,52 +108,60 @@ class LatentDataset(Dataset):
         with torch.no_grad():
             grey = pipeline.vae.encode(torch.zeros(1, 3, size, size)).latent_dist.mode()
         self.grey = grey[0]  # latent of the empty image, the reference of the negative branch
-        files = {name: folder / f"{name}.npy" for name in ("tile", "references", "embeds", "weights")}
+        names = ("views", "references", "embeds", "view_ids", "input_ids", "weights")
         if not folder.exists():
             partial = folder.with_name(folder.name + ".part")
             partial.mkdir(parents=True, exist_ok=True)
             for name, array in self._encode(ImageDataset(data, config), config, pipeline).items():
                 np.save(partial / f"{name}.npy", array)
             partial.rename(folder)
-        self.arrays = {name: torch.from_numpy(np.load(file)) for name, file in files.items()}
-        self.weights = self.arrays.pop("weights")
+        self.arrays = {name: torch.from_numpy(np.load(folder / f"{name}.npy")) for name in names}
+        self.weights = self.arrays["weights"]
 
     @staticmethod
     @torch.no_grad()
     def _encode(images: ImageDataset, config: dict, pipeline: MultiViewTilePipeline) -> dict[str, np.ndarray]:
         generator = torch.Generator().manual_seed(config["seed"])
-        arrays: dict[str, list[np.ndarray]] = {"tile": [], "references": [], "embeds": []}
+        vision_size = pipeline.vision_encoder.config.image_size
+        arrays: dict[str, list[Tensor]] = {name: [] for name in ("views", "references", "embeds")}
+        tables: dict[str, list[Tensor]] = {name: [] for name in ("view_ids", "input_ids", "weights")}
+        view_count = input_count = 0
         for copy in range(1 + config["recolored_copies"]):
-            for item in images.items:
+            for item, weight in zip(images.items, images.weights, strict=True):
                 # Another order of the channels teaches colours to come from the reference, not from the object's kind.
                 order = torch.randperm(3, generator=generator) if copy else torch.arange(3)
-                tile = to_tile(item["views"][images.rig][:, order])
-                inputs = item["inputs"][:, order]
-                vision_size = pipeline.vision_encoder.config.image_size
-                pixels = F.interpolate(inputs.float(), (vision_size, vision_size), mode="bicubic", antialias=True)
-                arrays["tile"].append(pipeline.vae.encode(to_pixels(tile[None])).latent_dist.mode()[0].half().numpy())
-                reference = pipeline.vae.encode(to_pixels(inputs)).latent_dist.sample(generator)
-                arrays["references"].append(reference.half().numpy())
-                arrays["embeds"].append(pipeline.vision_encoder(to_pixels(pixels, 1.0)).image_embeds.half().numpy())
-        weights = images.weights.repeat(1 + config["recolored_copies"]).numpy()
-        return {**{name: np.stack(values) for name, values in arrays.items()}, "weights": weights}
+                views, inputs = item["views"][:, order], item["inputs"][:, order]
+                small = F.interpolate(inputs.float(), (vision_size, vision_size), mode="bicubic", antialias=True)
+                arrays["views"].append(pipeline.vae.encode(to_pixels(views)).latent_dist.mode().half())
+                arrays["references"].append(pipeline.vae.encode(to_pixels(inputs)).latent_dist.sample(generator).half())
+                arrays["embeds"].append(pipeline.vision_encoder(to_pixels(small, 1.0)).image_embeds.half())
+                tables["view_ids"].append(images.frames.views + view_count)
+                tables["input_ids"].append(images.frames.inputs + input_count)
+                tables["weights"].append(weight.repeat(len(images.frames.views)))
+                view_count, input_count = view_count + len(views), input_count + len(inputs)
+        return {name: torch.cat(parts).numpy() for name, parts in {**arrays, **tables}.items()}
 
     def __len__(self) -> int:
         return len(self.weights)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: array[index] for name, array in self.arrays.items()}
+        views, inputs = self.arrays["view_ids"][index], self.arrays["input_ids"][index]
+        return {
+            "tile": to_tile(self.arrays["views"][views]),
+            "references": self.arrays["references"][inputs],
+            "embeds": self.arrays["embeds"][inputs],
+        }
 
 
 def preview_examples(data: Path, config: dict, count: int = 6) -> list[tuple[Image.Image, Image.Image]]:
     """Input pictures and true tiles of samples spread over a prepared folder."""
     prepared = PreparedDataset(data)
-    rig = rig_slice(prepared, config)
+    frames = Frames(prepared, config)
     examples = []
     for index in np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int):
-        item = prepared[index]
-        tile = to_tile(flatten(item["views"][rig], config["view_size"]))
-        examples.append((to_pil(flatten(item["inputs"][0], config["view_size"])), to_pil(tile)))
+        pictures = frames.pictures(prepared[index])
+        tile = to_tile(pictures["views"][frames.views[0]])
+        examples.append((to_pil(pictures["inputs"][frames.inputs[0, 0]]), to_pil(tile)))
     return examples
 
 

@@ -18,6 +18,7 @@ from ..pipelines.preprocess import key_background
 
 DEFAULTS = {
     "image_size": 96,
+    "drawn": 0.5,  # probability of the views that a first stage drew, of samples that have some
     "mirror": 0.5,  # probability
     "recolor": 0.2,  # probability of permuting the colour channels
     "rekey": 0.4,  # probability that the masks come from keying a grey background, as for a generated tile
@@ -28,6 +29,8 @@ DEFAULTS = {
     "perturb_translation": 0.008,  # world units
     "perturb_focal": 0.01,  # share
 }
+DRAWN_RIG = "zero123plus-v1.2"  # of first stages
+CHANCES = ("drawn", "mirror", "recolor", "rekey", "blur", "drop_view", "perturb")
 
 
 class SampleBatch:
@@ -46,12 +49,7 @@ class SampleBatch:
 
         images, matrices, tangents, sdfs, colors, inputs, present = [], [], [], [], [], [], []
         for item in items:
-            which = int(torch.randint(len(RIGS), (), generator=generator))
-            rig = CameraRig.named(RIGS[which])
-            views = item["views"][6 * which : 6 * which + 6]
-            views = views.movedim(-1, 1).float() / 255
-            picture = item["inputs"][int(torch.randint(len(item["inputs"]), (), generator=generator))]
-            picture = picture.movedim(-1, 0).float() / 255
+            rig, views, picture = _pick_views(item, chance("drawn"), generator)
             sdf = item["sdf"].float() / 127
             color = torch.zeros(3, *sdf.shape)
             x, y, z = item["coords"].T
@@ -84,6 +82,17 @@ class SampleBatch:
             torch.stack(images), torch.stack(matrices), torch.stack(tangents), torch.stack(present), None
         )
         self.sdf, self.colors, self.inputs = torch.stack(sdfs), torch.stack(colors), torch.stack(inputs)
+
+
+def _pick_views(item: dict, drawn: bool, generator: torch.Generator) -> tuple[CameraRig, Tensor, Tensor]:
+    """A rig, its views `[6, 4, S, S]` and an input picture `[4, S, S]`, in [0, 1]; the true ones unless the first stage drew some."""
+    which = int(torch.randint(len(RIGS), (), generator=generator))
+    views = item["views"][6 * which : 6 * which + 6]
+    number = int(torch.randint(len(item["inputs"]), (), generator=generator))
+    if drawn and "drawn" in item:
+        which, views, number = RIGS.index(DRAWN_RIG), item["drawn"], int(item["drawn_input"])
+    picture = item["inputs"][number].movedim(-1, 0).float() / 255
+    return CameraRig.named(RIGS[which]), views.movedim(-1, 1).float() / 255, picture
 
 
 def perturb_cameras(

@@ -1,0 +1,182 @@
+"""Benchmark: how good the first stage's six views of held-out objects are, and where the loss is.
+
+    python benchmarks/views_val.py --data RINGS --output OUT [--model CHECKPOINT]
+
+`RINGS` is what `one2345pp prepare --rings zero123plus-v1.2` made of held-out objects; of each the first frame and its first input
+picture are used. Rows of the table: `autoencoder` (the true tile through the autoencoder and back, the ceiling), `copy` (the input
+picture six times, the floor), `generated`. `hull_agreement` is the mask IoU of the six masks and those of their own visual hull.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from one2345pp import MultiViewTilePipeline, One2345PlusPlusPipeline, default_checkpoint
+from one2345pp.data.dataset import PreparedDataset
+from one2345pp.errors import InputError
+from one2345pp.evaluation.baselines import visual_hull
+from one2345pp.evaluation.metrics import image_metrics
+from one2345pp.geometry.cameras import CameraRig
+from one2345pp.geometry.rasterize import rasterize
+from one2345pp.geometry.render import contact_sheet
+from one2345pp.pipelines.preprocess import key_background
+from one2345pp.training.tiles import Frames, flatten, to_pil, to_pixels, to_tile
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    pipe = load(args.model)
+    prepared = PreparedDataset(args.data)
+    size, rig = pipe.config.view_size, CameraRig.named(pipe.config.rig)
+    frames = Frames(prepared, {"rig": pipe.config.rig, "view_size": size})
+    indices = range(len(prepared))
+    if args.limit and args.limit < len(prepared):
+        indices = [i * len(prepared) // args.limit for i in range(args.limit)]
+    items = [example(prepared[i], frames, size) for i in indices]
+
+    start = time.perf_counter()
+    drawn: list[list[Image.Image]] = []
+    for first in range(0, len(items), args.batch):
+        part = items[first : first + args.batch]
+        drawn += pipe(
+            [item["input"] for item in part],
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            generator=torch.Generator().manual_seed(args.seed),
+        ).views
+    seconds = (time.perf_counter() - start) / len(items)
+
+    rows: dict[str, list[dict[str, float]]] = {"autoencoder": [], "copy": [], "generated": []}
+    for item, views in zip(items, drawn, strict=True):
+        rows["autoencoder"].append(compare(decode(pipe, item["tile"]), item["truth"], rig))
+        rows["copy"].append(compare([item["input"]] * len(rig), item["truth"], rig))
+        rows["generated"].append(compare(views, item["truth"], rig))
+    report = {
+        "settings": {"steps": args.steps, "guidance": args.guidance, "seed": args.seed, "objects": len(items)},
+        "seconds": seconds,
+        "mean": {name: mean(values) for name, values in rows.items()},
+        "tiers": {
+            tier: mean([v for v, item in zip(rows["generated"], items, strict=True) if item["tier"] == tier])
+            for tier in sorted({item["tier"] for item in items})
+        },
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "views.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_table(report, args.output / "views.md")
+    step = max(1, len(items) // args.sheet)
+    sheet = []
+    for item, views in list(zip(items, drawn, strict=True))[::step]:
+        sheet.append([item["input"], *views, *map(Image.fromarray, item["truth"])])
+    contact_sheet(sheet, 96, background=(127, 127, 127)).save(args.output / "views.png")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="rings of held-out objects")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model", default=str(default_checkpoint()), help="a first stage, or a whole chain")
+    parser.add_argument("--steps", type=int, help="denoising steps; default: the checkpoint's")
+    parser.add_argument("--guidance", type=float, help="default: the checkpoint's")
+    parser.add_argument("--limit", type=int, help="only so many objects, spread over the set")
+    parser.add_argument("--batch", type=int, default=16, help="objects drawn at once")
+    parser.add_argument("--sheet", type=int, default=24, help="objects on the contact sheet, about: every n-th")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def load(model: str) -> MultiViewTilePipeline:
+    index = Path(model) / "model_index.json"
+    whole = index.exists() and "occupancy_unet" in json.loads(index.read_text())
+    pipe = (
+        One2345PlusPlusPipeline.from_pretrained(model).multiview
+        if whole
+        else MultiViewTilePipeline.from_pretrained(model)
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def example(item: dict, frames: Frames, size: int) -> dict:
+    """Input picture, true tile (uint8 tensor) and true RGBA views of an item's first frame."""
+    pictures = frames.pictures(item)
+    views = item["views"].reshape(-1, *item["views"].shape[-3:])[frames.views[0]]
+    alpha = flatten_alpha(views, size)
+    flat = pictures["views"][frames.views[0]]
+    truth = torch.cat([flat, alpha[:, None]], 1).permute(0, 2, 3, 1).numpy()
+    return {
+        "tier": item["tier"],
+        "input": to_pil(pictures["inputs"][frames.inputs[0, 0]]),
+        "tile": to_tile(flat),
+        "truth": truth,
+    }
+
+
+def flatten_alpha(views: torch.Tensor, size: int) -> torch.Tensor:
+    """Masks at the size of a view, `[V, size, size]` uint8."""
+    opaque = torch.cat([views[..., 3:].expand(*views.shape[:-1], 3), torch.full_like(views[..., 3:], 255)], -1)
+    return flatten(opaque, size)[:, 0]
+
+
+def decode(pipe: MultiViewTilePipeline, tile: torch.Tensor) -> list[Image.Image]:
+    """The tile through the autoencoder and back, as views."""
+    with torch.no_grad():
+        latents = pipe.vae.encode(to_pixels(tile[None])).latent_dist.mode() * pipe.vae.config.scaling_factor
+        images = pipe.image_processor.postprocess(pipe.decode_latents(latents), output_type="pil")
+    return pipe.split_views(images)[0]
+
+
+def compare(views: list[Image.Image], truth: np.ndarray, rig: CameraRig) -> dict[str, float]:
+    """PSNR on grey over whole views, SSIM, IoU of the keyed masks, and how far the masks agree among themselves."""
+    keyed = np.stack([np.asarray(key_background(view)) for view in views])
+    rgb = np.stack([np.asarray(view.convert("RGB"), np.float64) for view in views]) / 255
+    error = ((rgb - truth[..., :3] / 255) ** 2).mean((1, 2, 3))
+    figures = image_metrics(keyed, truth)
+    ious = [mask_iou(a[..., 3] >= 128, b[..., 3] >= 128) for a, b in zip(keyed, truth, strict=True)]
+    return {
+        "psnr_grey": float(np.mean(-10 * np.log10(np.maximum(error, 1e-6)))),
+        "psnr": figures["psnr"],
+        "ssim": figures["ssim"],
+        "mask_iou": figures["mask_iou"],
+        "front_iou": (ious[0] + ious[-1]) / 2,
+        "hull_agreement": hull_agreement(keyed[..., 3] / 255, rig),
+    }
+
+
+def hull_agreement(masks: np.ndarray, rig: CameraRig) -> float:
+    try:
+        hull = visual_hull(masks, rig, resolution=48)
+    except InputError:  # the masks have nothing in common
+        return 0.0
+    cast = rasterize(hull, rig, masks.shape[-1]).mask
+    return float(np.mean([mask_iou(a, b >= 0.5) for a, b in zip(cast, masks, strict=True)]))
+
+
+def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a & b).sum() / max((a | b).sum(), 1))
+
+
+def mean(values: list[dict[str, float]]) -> dict[str, float]:
+    return {key: float(np.mean([value[key] for value in values])) for key in values[0]}
+
+
+def write_table(report: dict, path: Path) -> None:
+    columns = list(report["mean"]["generated"])
+    rows = {**report["mean"], **{f"generated, {tier}": means for tier, means in report["tiers"].items()}}
+    lines = ["| views | " + " | ".join(columns) + " |", "|" + " --- |" * (len(columns) + 1)]
+    lines += [f"| {name} | " + " | ".join(f"{means[c]:.3f}" for c in columns) + " |" for name, means in rows.items()]
+    text = "\n".join(lines) + f"\n\n{report['settings']}, {report['seconds']:.2f} s an object\n"
+    path.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

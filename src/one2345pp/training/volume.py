@@ -1,0 +1,122 @@
+"""What the trainings of the two volume networks share: settings, first weights, dropout, the run. Losses live beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, ModelMixin
+from torch import Tensor, nn
+
+from ..data.dataset import PreparedDataset
+from ..errors import InputError
+from ..models.condition_encoder import ConditionEncoder
+from . import views as training_views
+from .drawn_views import DrawnViewsDataset
+from .global_vector import GlobalVector
+from .loop import train
+
+
+DEFAULTS = {
+    "occupancy_threshold": 1.25,  # cells of the fine grid: a coarse cell is occupied when it holds a nearer centre
+    "condition_dropout": 0.1,
+    "vector_dropout": 0.2,  # of the global vector alone: views may come without their input picture
+    "multiview": None,  # folder of a first stage: its image encoder gives the global vector, and it draws the drawn views
+    "drawn_samples": 0,  # samples whose views the first stage draws, see `drawn_views`
+    "drawn_steps": 10,  # denoising steps for each
+    "initial": None,  # folder of a checkpoint whose weights to start from
+}
+
+
+class VolumeObjective:
+    """Common ground of the objectives: `modules` holds `condition` and `unet`, `scheduler` noises.
+
+    Args:
+        config: Keys `unet`, `condition`, `objective` (see `DEFAULTS`), `views` (see `training.views`) and `training`.
+        truncation_cells: The data's truncation distance in cells of its volumes.
+        validation: Held-out samples for previews.
+    """
+
+    stage = ""  # components are called STAGE_condition and STAGE_unet
+    defaults: dict = {}
+    unet_class: type[ModelMixin]
+
+    def __init__(self, config: dict, truncation_cells: float, validation: PreparedDataset | None = None):
+        known = {**DEFAULTS, **self.defaults}
+        unknown = set(config.get("objective", {})) - set(known)
+        if unknown:
+            raise InputError(f"config: objective has unknown keys {sorted(unknown)}. Known: {', '.join(known)}.")
+        self.settings = {**known, **config.get("objective", {})}
+        self.augmentation = {**training_views.DEFAULTS, **config.get("views", {})}
+        self.threshold = self.settings["occupancy_threshold"] / truncation_cells
+        self.validation = validation
+        self.global_vector = GlobalVector(self.settings["multiview"])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.get("training", {}).get("seed", 0))
+            condition = ConditionEncoder(**config["condition"], sparse=self.stage == "sparse")
+            unet = self.unet_class(**config["unet"])
+        self.modules = nn.ModuleDict({"condition": condition, "unet": unet})
+        if self.settings["initial"] is not None:
+            for name, module in self.modules.items():
+                trained = type(module).from_pretrained(self.settings["initial"], subfolder=f"{self.stage}_{name}")
+                module.load_state_dict(trained.state_dict())
+        self.scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type="sample")
+
+    def kept(self, count: int, generator: torch.Generator, device) -> Tensor:
+        """0 for samples whose condition is dropped, 1 for the others, `[count]`."""
+        return (torch.rand(count, generator=generator) >= self.settings["condition_dropout"]).float().to(device)
+
+    def held_out(self, count: int, generator: torch.Generator):
+        """The first `count` held-out samples, one by one, as their true views show them."""
+        still = {**self.augmentation, **dict.fromkeys(training_views.CHANCES, 0.0)}
+        for index in range(min(len(self.validation), count)):
+            yield training_views.SampleBatch([self.validation[index]], still, generator)
+
+    def log_validation(self, preview: Path, **figures: float) -> None:
+        """Add figures to the `validation.jsonl` beside a preview, at the preview's step."""
+        with open(preview.with_name("validation.jsonl"), "a") as log:
+            log.write(json.dumps({"step": int(preview.stem.split("-")[-1]), **figures}) + "\n")
+
+    def save(self, modules: nn.ModuleDict, output: Path) -> None:
+        """`STAGE_condition/` and `STAGE_unet/`."""
+        for name, module in modules.items():
+            module.save_pretrained(output / f"{self.stage}_{name}")
+
+
+def run(
+    objective_class: type[VolumeObjective],
+    config: dict,
+    *,
+    data: Path,
+    output: Path,
+    device: str = "auto",
+    minutes: float | None = None,
+    validation: Path | None = None,
+) -> None:
+    """Train a volume network from a config such as `configs/occupancy-small.json`.
+
+    Args:
+        objective_class: Which network.
+        config: See `VolumeObjective`.
+        data: Folder that `prepare` wrote.
+        output: Folder for the components, logs and checkpoints.
+        device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.
+        minutes: Overrides the config's time limit.
+        validation: Prepared folder of held-out objects for previews.
+    """
+    dataset = PreparedDataset(data)
+    cells = dataset.truncation * dataset.meta["resolution"]
+    objective = objective_class(config, cells, PreparedDataset(validation) if validation else None)
+    settings = objective.settings
+    if settings["drawn_samples"]:
+        if settings["multiview"] is None:
+            raise InputError("config: drawn_samples needs multiview, the folder of a first stage that draws them.")
+        dataset = DrawnViewsDataset(
+            dataset,
+            settings["multiview"],
+            Path(output) / "drawn",
+            count=settings["drawn_samples"],
+            steps=settings["drawn_steps"],
+        )
+    train(objective, dataset, config.get("training", {}), Path(output), device=device, minutes=minutes)

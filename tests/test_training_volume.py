@@ -1,21 +1,24 @@
 """Data preparation and training of the volume networks: what is learned from, that it learns, that a cut run goes on."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 import trimesh
+from test_multiview_pipeline import COMPONENTS
 
-from one2345pp import CameraRig
+from one2345pp import CameraRig, MultiViewTilePipeline
 from one2345pp.data.dataset import PreparedDataset
 from one2345pp.data.prepare import RIGS, prepare
 from one2345pp.errors import InputError
-from one2345pp.models.condition_encoder import ConditionEncoder
+from one2345pp.models.condition_encoder import ConditionEncoder, views_to_images
 from one2345pp.models.unet_occupancy import OccupancyUNet3DModel
-from one2345pp.training import occupancy, sparse
+from one2345pp.training import multiview, occupancy, sparse
+from one2345pp.training.drawn_views import DrawnViewsDataset
 from one2345pp.training.loop import train
-from one2345pp.training.views import DEFAULTS, SampleBatch
+from one2345pp.training.views import CHANCES, DEFAULTS, SampleBatch
 
 
 CONDITION = {"channels": [8, 8], "image_size": 16, "stem_channels": [8], "patch_channels": 0, "hidden_channels": 8}
@@ -94,6 +97,62 @@ def test_mirrored_samples_stay_consistent(dataset):
     centers = (((batch.sdf[0] < 0).nonzero() + 0.5) / 16 - 0.5).float()
     alpha = batch.views.sample(batch.views.images[0, :, 3:], centers, 0)[..., 0]
     assert (alpha > 0).float().mean() > 0.97
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory):
+    """A folder of a tiny first stage with random weights, of 24 px views."""
+    components = multiview.build_components({**multiview.DEFAULTS, "view_size": 24, "components": COMPONENTS})
+    folder = tmp_path_factory.mktemp("multiview")
+    MultiViewTilePipeline(**components, view_size=24).save_pretrained(folder)
+    return folder
+
+
+def test_drawn_views_are_those_of_the_first_stage_and_are_drawn_once(dataset, first_stage, tmp_path):
+    """Oracle: the files keep their times in a second run; a batch that must use them shows them, through the cameras of the drawn rig,
+    beside the input picture that they were drawn from."""
+    options = {"multiview": first_stage, "folder": tmp_path / "drawn", "count": 2, "steps": 1}
+    drawn = DrawnViewsDataset(dataset, **options)
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "drawn").iterdir()}
+    assert len(files) == 2
+    drawn = DrawnViewsDataset(dataset, **options)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "drawn").iterdir()} == files
+    items = [drawn[index] for index in range(len(drawn))]
+    assert sum("drawn" in item for item in items) == 2
+    item = next(item for item in items if "drawn" in item)
+    quiet = {**DEFAULTS, **dict.fromkeys(CHANCES, 0.0), "image_size": 24}
+    batch = SampleBatch([item], {**quiet, "drawn": 1.0}, torch.Generator().manual_seed(0))
+    expected = views_to_images(item["drawn"].movedim(-1, 1).float() / 255)
+    torch.testing.assert_close(batch.views.images[0], expected)
+    rig = CameraRig.named("zero123plus-v1.2")
+    torch.testing.assert_close(batch.views.world_to_camera[0], rig.world_to_camera)
+    picture = item["inputs"][int(item["drawn_input"])].movedim(-1, 0).float() / 255
+    torch.testing.assert_close(batch.inputs[0], picture)
+    true = SampleBatch([item], quiet, torch.Generator().manual_seed(0))
+    assert not torch.allclose(true.views.images[0], expected)
+
+
+def test_a_run_with_drawn_views_and_first_weights(dataset, first_stage, tmp_path):
+    """Oracle: with no steps at all, a run that starts from another's weights saves those weights; one without draws no views."""
+    vision = {"global_channels": COMPONENTS["vision_encoder"]["projection_dim"]}
+    config = copy.deepcopy(CONFIG["occupancy"])
+    config["unet"] |= vision
+    config["objective"] = {"multiview": str(first_stage), "drawn_samples": 2, "drawn_steps": 1}
+    occupancy.run(config, data=dataset.path, output=tmp_path / "first", device="cpu")
+    assert len(list((tmp_path / "first" / "drawn").iterdir())) == 2
+    config["objective"] = {"initial": str(tmp_path / "first")}
+    config["training"] |= {"max_steps": 0, "seed": 5}
+    occupancy.run(config, data=dataset.path, output=tmp_path / "second", device="cpu")
+    assert not (tmp_path / "second" / "drawn").exists()
+    weights = [OccupancyUNet3DModel.from_pretrained(tmp_path / run / "occupancy_unet") for run in ("first", "second")]
+    for first, second in zip(*(model.parameters() for model in weights), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_bad_objective_settings_are_refused(dataset, tmp_path):
+    for objective, words in (({"drawn_sample": 3}, "drawn_samples"), ({"drawn_samples": 3}, "multiview")):
+        with pytest.raises(InputError, match=words):
+            occupancy.run({**CONFIG["occupancy"], "objective": objective}, data=dataset.path, output=tmp_path)
 
 
 @pytest.mark.parametrize("stage", ["occupancy", "sparse"])

@@ -23,6 +23,17 @@ def test_distance_to_a_sphere():
     assert (volume.sdf.abs() < volume.truncation).all()
 
 
+def test_a_limited_search_gives_the_same_distances_within_its_reach():
+    """Oracle: the search without a limit; beyond the limit the sides are right and the distances infinite."""
+    cloud = SurfaceCloud.from_mesh(trimesh.creation.icosphere(4, 0.4))
+    points = np.random.default_rng(0).uniform(-0.5, 0.5, (2000, 3))
+    free, limited = cloud.signed_distance(points)[0], cloud.signed_distance(points, reach=0.05)[0]
+    near = np.abs(free) < 0.049
+    np.testing.assert_array_equal(limited[near], free[near])
+    far = np.abs(free) > 0.051
+    assert np.isinf(limited[far]).all() and (np.sign(limited[far]) == np.sign(free[far])).all()
+
+
 def test_what_is_enclosed_is_solid():
     """A ball inside a ball is invisible: the volume is that of the outer one alone."""
     outer, inner = trimesh.creation.icosphere(4, 0.4), trimesh.creation.icosphere(3, 0.2)

@@ -80,12 +80,18 @@ class SurfaceCloud:
         self,
         points: np.ndarray,  # [N, 3]
         min_half_thickness: float = 0.0,
+        reach: float = math.inf,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Signed distance (negative inside) to the outer surface, and the index of the nearest sample, `[N]` each.
 
-        Sheets and plates are thickened to `min_half_thickness` (world units) on both sides.
+        Sheets and plates are thickened to `min_half_thickness` (world units) on both sides. Points farther than `reach` get an
+        infinite distance of the right sign and any index.
         """
-        distances, nearest = self._tree.query(points, k=NEIGHBORS, workers=1)
+        # Points asked for in a row find the tree's nodes in the cache.
+        order = np.lexsort(np.floor((points + 0.5) * 16).T)
+        distances, nearest = np.empty((len(points), NEIGHBORS)), np.empty((len(points), NEIGHBORS), np.int64)
+        distances[order], nearest[order] = self._tree.query(points[order], k=NEIGHBORS, distance_upper_bound=reach)
+        nearest = np.minimum(nearest, len(self.points) - 1)  # none within reach is marked by one more than the last
         offsets = points[:, None] - self.points[nearest]  # [N, K, 3]
         heights = np.einsum("nki,nki->nk", offsets, self.normals[nearest])
         votes = (heights / np.maximum(distances, 1e-6)).sum(1)
@@ -115,7 +121,7 @@ class SurfaceCloud:
         reach = truncation * resolution + 1.8 + MIN_HALF_THICKNESS  # cells
         coords = np.argwhere(ndimage.distance_transform_edt(~grid) <= reach)
         centers = cell_centers(torch.from_numpy(coords), resolution).numpy()
-        sdf, nearest = self.signed_distance(centers @ turned.T, thinnest)
+        sdf, nearest = self.signed_distance(centers @ turned.T, thinnest, truncation + thinnest)
         active = np.abs(sdf) < truncation
         return SparseVolume(
             torch.from_numpy(coords[active]),
@@ -135,7 +141,7 @@ class SurfaceCloud:
     @property
     def _tree(self) -> cKDTree:
         if not hasattr(self, "_cached_tree"):
-            self._cached_tree = cKDTree(self.points)
+            self._cached_tree = cKDTree(self.points, leafsize=32, balanced_tree=False, compact_nodes=False)
         return self._cached_tree
 
 

@@ -123,6 +123,12 @@ class LatentDataset(Dataset):
     def _encode(images: ImageDataset, config: dict, pipeline: MultiViewTilePipeline) -> dict[str, np.ndarray]:
         generator = torch.Generator().manual_seed(config["seed"])
         vision_size = pipeline.vision_encoder.config.image_size
+        pipeline.vae.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+
+        def encode(images: Tensor):
+            pixels = to_pixels(images).contiguous(memory_format=torch.channels_last)
+            return pipeline.vae.encode(pixels).latent_dist
+
         arrays: dict[str, list[Tensor]] = {name: [] for name in ("views", "references", "embeds")}
         tables: dict[str, list[Tensor]] = {name: [] for name in ("view_ids", "input_ids", "weights")}
         view_count = input_count = 0
@@ -132,8 +138,8 @@ class LatentDataset(Dataset):
                 order = torch.randperm(3, generator=generator) if copy else torch.arange(3)
                 views, inputs = item["views"][:, order], item["inputs"][:, order]
                 small = F.interpolate(inputs.float(), (vision_size, vision_size), mode="bicubic", antialias=True)
-                arrays["views"].append(pipeline.vae.encode(to_pixels(views)).latent_dist.mode().half())
-                arrays["references"].append(pipeline.vae.encode(to_pixels(inputs)).latent_dist.sample(generator).half())
+                arrays["views"].append(encode(views).mode().half().contiguous())
+                arrays["references"].append(encode(inputs).sample(generator).half().contiguous())
                 arrays["embeds"].append(pipeline.vision_encoder(to_pixels(small, 1.0)).image_embeds.half())
                 tables["view_ids"].append(images.frames.views + view_count)
                 tables["input_ids"].append(images.frames.inputs + input_count)

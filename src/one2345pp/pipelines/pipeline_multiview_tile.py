@@ -74,6 +74,9 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
             `i / L` when not given (FlexDiffuse).
         view_size (`int`, defaults to 320): Side of a view in pixels.
         rig (`str`, defaults to `"zero123plus-v1.2"`): Cameras that the weights were trained for.
+        clean_reference (`bool`, defaults to `False`): For weights trained so, the reference is read once, without noise and at
+            timestep 0. Zero123++ noises it like the tile, which in small latents hides outlines from the first steps.
+        tile_positions (`bool`, defaults to `False`): For weights trained so, self-attention knows which view a token belongs to.
         default_num_inference_steps (`int`, defaults to 28), default_guidance_scale (`float`, defaults to 4.0): Used when a
             call does not say.
     """
@@ -94,6 +97,8 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
         ramping_coefficients: list | None = None,
         view_size: int = 320,
         rig: str = "zero123plus-v1.2",
+        clean_reference: bool = False,
+        tile_positions: bool = False,
         default_num_inference_steps: int = 28,
         default_guidance_scale: float = 4.0,
     ):
@@ -112,6 +117,8 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
             ramping_coefficients=ramping_coefficients,
             view_size=view_size,
             rig=rig,
+            clean_reference=clean_reference,
+            tile_positions=tile_positions,
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
         )
@@ -346,15 +353,18 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
             {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         )
         kwargs = {"cross_attention_kwargs": cross_attention_kwargs}
-        with reference_attention(self.unet) as passes, self.progress_bar(total=len(timesteps)) as progress:
+        tile = (ROWS, COLUMNS) if self.config.tile_positions else None
+        with reference_attention(self.unet, tile) as passes, self.progress_bar(total=len(timesteps)) as progress:
             for step, timestep in enumerate(timesteps):
                 if self.interrupt:
                     continue
                 sample = torch.cat([latents, latents]) if self.do_classifier_free_guidance else latents
                 sample = self.scheduler.scale_model_input(sample, timestep)
-                passes.write(
-                    self.noise_reference(reference_latents, timestep, generator), timestep, prompt_embeds, **kwargs
-                )
+                if not self.config.clean_reference:
+                    reference = self.noise_reference(reference_latents, timestep, generator)
+                    passes.write(reference, timestep, prompt_embeds, **kwargs)
+                elif step == 0:
+                    passes.write(reference_latents, torch.zeros_like(timestep), prompt_embeds, **kwargs)
                 prediction = passes.read(sample, timestep, prompt_embeds, **kwargs)
                 if self.do_classifier_free_guidance:
                     negative, positive = prediction.chunk(2)

@@ -54,6 +54,8 @@ DEFAULTS = {
     "edge_weight": 0.5,  # of the L1 error of finite differences, beside that of pixels
     "temperature": 0.1,  # of the contrast
     "condition_dropout": 0.1,
+    "clean_reference": False,  # show the reference without noise, see MultiViewTilePipeline
+    "tile_positions": False,  # tell self-attention which view a token belongs to, see MultiViewTilePipeline
     "min_snr_gamma": None,
     "color_init": False,  # start the autoencoder such that it carries colours, see autoencoder_init
     "recolored_copies": 1,  # of each sample, with colour channels in another order
@@ -107,6 +109,8 @@ def run(config: dict, *, data: Path, output: Path, device: str = "auto", minutes
         **components,
         view_size=config["view_size"],
         rig=config["rig"],
+        clean_reference=config["clean_reference"],
+        tile_positions=config["tile_positions"],
         default_num_inference_steps=config["default_num_inference_steps"],
         default_guidance_scale=config["default_guidance_scale"],
     )
@@ -339,9 +343,13 @@ class DenoiserObjective:
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         scheduler, timesteps, context = self.noise_scheduler, batch["timesteps"], batch["context"]
         noised = scheduler.add_noise(batch["latents"], batch["noise"], timesteps)
-        reference = scheduler.add_noise(batch["reference"], batch["reference_noise"], timesteps)
-        with reference_attention(self.pipeline.unet) as passes:
-            passes.write(reference, timesteps, context)
+        reference, reference_steps = batch["reference"], torch.zeros_like(timesteps)
+        if not self.config["clean_reference"]:
+            reference_steps = timesteps
+            reference = scheduler.add_noise(reference, batch["reference_noise"], timesteps)
+        tile = (ROWS, COLUMNS) if self.config["tile_positions"] else None
+        with reference_attention(self.pipeline.unet, tile) as passes:
+            passes.write(reference, reference_steps, context)
             prediction = passes.read(noised, timesteps, context)
         target = scheduler.get_velocity(batch["latents"], batch["noise"], timesteps)
         error = (prediction - target).square().mean((1, 2, 3))
@@ -375,10 +383,8 @@ class DenoiserObjective:
         MultiViewTilePipeline(**components, **self._scalars()).save_pretrained(output / "pipeline")
 
     def _scalars(self) -> dict:
-        return {
-            key: self.config[key]
-            for key in ("view_size", "rig", "default_num_inference_steps", "default_guidance_scale")
-        }
+        keys = ("view_size", "rig", "clean_reference", "tile_positions")
+        return {key: self.config[key] for key in (*keys, "default_num_inference_steps", "default_guidance_scale")}
 
 
 def _save_whole(model, folder: Path) -> None:

@@ -1,24 +1,26 @@
-"""Volumes to meshes: unknown cells, marching cubes, colours, floaters, decimation. UVs live in `atlas`.
+"""Volumes to meshes: unknown cells, marching cubes, colours; and any mesh to a solid. Care of meshes lives in `repair`.
 
 Nothing here assumes one component, a closed shell of active cells or a filled inside.
-Axes: V vertices, F faces, P points, N cells, X Y Z grid.
+Axes: P points, X Y Z grid.
 """
 
 from __future__ import annotations
 
-import fast_simplification
 import mcubes
 import numpy as np
 import trimesh
 from scipy import ndimage
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 from ..errors import InputError
 from .harmonic import harmonic_extension
-from .mesh import surface_colors
+from .mesh import normalize_to_sphere
+from .repair import decimate, is_solid, keep_components, repair_mesh, report_loss, to_rgba8
 from .volume import SparseVolume
+from .voxelize import SurfaceCloud
+
+
+__all__ = ["decimate", "keep_components", "solid_sdf", "solidify", "volume_to_mesh"]
 
 
 def volume_to_mesh(volume: SparseVolume, min_component: float = 0.01) -> trimesh.Trimesh:
@@ -72,52 +74,21 @@ def solid_sdf(volume: SparseVolume) -> np.ndarray:
     return np.where(grid < 0, np.minimum(grid, -floor), np.maximum(grid, floor))
 
 
-def keep_components(mesh: trimesh.Trimesh, min_share: float = 0.01) -> trimesh.Trimesh:
-    """The mesh without floaters (area below `min_share` of the largest component's) and inside-out (inner) shells."""
-    faces = mesh.faces
-    edges = np.concatenate([faces[:, :2], faces[:, 1:]])
-    graph = coo_matrix((np.ones(len(edges), bool), edges.T), shape=[len(mesh.vertices)] * 2)
-    count, labels = connected_components(graph, directed=False)
-    labels = labels[faces[:, 0]]
-    area = np.bincount(labels, mesh.area_faces, minlength=count)
-    triangles = mesh.triangles
-    volumes = np.einsum("fi,fi->f", triangles[:, 0], np.cross(triangles[:, 1], triangles[:, 2])) / 6
-    keep = (area >= min_share * area.max()) & (np.bincount(labels, volumes, minlength=count) >= 0)
-    if not keep.any():
-        raise InputError("mesh: every component is inside out, so nothing would be left. Flip the faces' winding.")
-    return _compact(mesh, keep[labels])
+def solidify(mesh: trimesh.Trimesh, resolution: int = 128) -> trimesh.Trimesh:
+    """A closed, outward-wound solid for printing: the repaired mesh if it is one, else one rebuilt from its outer surface.
 
-
-def decimate(mesh: trimesh.Trimesh, faces: int) -> trimesh.Trimesh:
-    """At most `faces` faces by quadric edge collapse; vertex colours are carried over from the original surface.
-
-    A mesh within the budget is returned as it is.
-
-    Raises:
-        InputError: If the mesh is in too many pieces to be brought under the budget.
+    What is rebuilt has vertex colours, details down to `1 / resolution` of the object, and no inner surfaces.
     """
-    if faces < 4:
-        raise InputError(f"faces: got {faces}, expected at least 4.")
-    if len(mesh.faces) <= faces:
-        return mesh
-    points, inverse = np.unique(np.asarray(mesh.vertices), axis=0, return_inverse=True)  # files often split vertices
-    welded = inverse.reshape(-1)[mesh.faces]
-    vertices, triangles = points, welded[_distinct(welded)]
-    for aggressiveness in (5.0, 7.0, 10.0, 20.0):  # gentle first; each round goes on from the one before
-        if len(triangles) > faces:
-            vertices, triangles = fast_simplification.simplify(
-                vertices, triangles.astype(np.int64), target_count=faces, agg=aggressiveness
-            )
-            triangles = triangles[_distinct(triangles) & np.isfinite(vertices[triangles]).all((1, 2))]
-    if not 0 < len(triangles) <= faces:
-        raise InputError(
-            f"mesh: its {len(mesh.faces)} faces cannot be simplified to {faces}, only to {len(triangles)}: "
-            "it is in too many pieces. Allow more faces, or remove small parts."
-        )
-    out = trimesh.Trimesh(vertices, triangles, process=False)
-    out = _compact(out, out.nondegenerate_faces())
-    out.visual.vertex_colors = to_rgba8(_nearest_colors(mesh, out.vertices))
-    return out
+    whole = repair_mesh(mesh)
+    if is_solid(whole):
+        return whole
+    used = np.unique(whole.faces)
+    unit = normalize_to_sphere(whole)
+    low, high = whole.vertices[used].min(0), whole.vertices[used].max(0)
+    scale = np.linalg.norm(high - low) / max(np.linalg.norm(np.ptp(unit.vertices[used], axis=0)), 1e-30)
+    out = volume_to_mesh(SurfaceCloud.from_mesh(unit).volume(resolution, 3.2 / resolution))
+    out.vertices = out.vertices * scale + (low + high) / 2
+    return report_loss("solidify", mesh, out)
 
 
 # --- colours ----------------------------------------------------------------------------------------------------
@@ -139,37 +110,3 @@ def _volume_colors(volume: SparseVolume, points: np.ndarray) -> np.ndarray:
     unknown = weight_sum < 1e-6
     total[unknown] = colors[cKDTree(coords).query(position[unknown])[1]]
     return total / np.where(unknown, 1, weight_sum)[:, None]
-
-
-def _nearest_colors(mesh: trimesh.Trimesh, points: np.ndarray, neighbors: int = 4) -> np.ndarray:
-    """Colours of a mesh's surface near points, by inverse distance over its vertices and face centres; `[P, 3]`."""
-    used, corner = np.unique(mesh.faces.ravel(), return_index=True)
-    face_ids = np.concatenate([corner // 3, np.arange(len(mesh.faces))])
-    barycentrics = np.concatenate([np.eye(3)[corner % 3], np.full((len(mesh.faces), 3), 1 / 3)])
-    cloud = np.concatenate([mesh.vertices[used], mesh.triangles_center])
-    distance, index = cKDTree(cloud).query(points, k=neighbors)
-    weight = 1 / np.maximum(distance, 1e-9)
-    colors = surface_colors(mesh, face_ids, barycentrics)[index]
-    return np.einsum("pk,pki->pi", weight / weight.sum(1, keepdims=True), colors)
-
-
-def to_rgba8(colors: np.ndarray) -> np.ndarray:
-    rgb = np.rint(np.clip(colors, 0, 1) * 255).astype(np.uint8)
-    return np.concatenate([rgb, np.full((len(rgb), 1), 255, np.uint8)], 1)
-
-
-# --- faces ------------------------------------------------------------------------------------------------------
-
-
-def _distinct(faces: np.ndarray) -> np.ndarray:
-    """`[F]` bool: faces whose three vertices differ."""
-    return (faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])
-
-
-def _compact(mesh: trimesh.Trimesh, keep: np.ndarray) -> trimesh.Trimesh:
-    """The kept faces and the vertices they use, with their colours."""
-    used, faces = np.unique(mesh.faces[keep], return_inverse=True)
-    out = trimesh.Trimesh(mesh.vertices[used], faces.reshape(-1, 3), process=False)
-    if mesh.visual.kind == "vertex":
-        out.visual.vertex_colors = np.asarray(mesh.visual.vertex_colors)[used]
-    return out

@@ -147,17 +147,22 @@ def decimate(mesh: trimesh.Trimesh, faces: int) -> trimesh.Trimesh:
     reached, target = len(whole.faces), faces
     if reached <= faces:
         return whole
+    best = None
     for aggressiveness in (5.0, 7.0, 7.0, 10.0, 20.0):  # gentle first
         out = _collapsed(whole, target, aggressiveness)
         reached = len(out.faces)
-        if min(0.99 * faces, faces - 4) <= reached <= faces:
-            out.visual.vertex_colors = to_rgba8(_nearest_colors(mesh, out.vertices))
-            return report_loss("decimate", mesh, out)
         target += max(faces - reached, 0)  # faces that vanished after the collapse
-    raise InputError(
-        f"mesh: its {len(mesh.faces)} faces cannot be simplified to {faces}, only to {reached}: "
-        "it is in too many pieces. Allow more faces, or remove small parts."
-    )
+        if min(0.99 * faces, faces - 4) <= reached <= faces:
+            best = out if best is None or out.is_watertight else best
+            if best.is_watertight or not whole.is_watertight:
+                break
+    if best is None:
+        raise InputError(
+            f"mesh: its {len(mesh.faces)} faces cannot be simplified to {faces}, only to {reached}: "
+            "it is in too many pieces. Allow more faces, or remove small parts."
+        )
+    best.visual.vertex_colors = to_rgba8(_nearest_colors(mesh, best.vertices))
+    return report_loss("decimate", mesh, best)
 
 
 def report_loss(what: str, before: trimesh.Trimesh, after: trimesh.Trimesh) -> trimesh.Trimesh:

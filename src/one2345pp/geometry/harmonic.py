@@ -9,7 +9,7 @@ import numpy as np
 
 
 LEAK = 0.02  # pull of `far` on a cell at the border, as a share of a neighbour's
-SWEEPS, COARSEST_SWEEPS = 40, 200
+SWEEPS, COARSEST_SWEEPS = 40, 100
 
 
 def harmonic_extension(

@@ -66,7 +66,7 @@ def _neighbors(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 
 def _sides(vertices: np.ndarray, faces: np.ndarray, neighbors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each face's side of the box `[F]`, how far out it lies `[F]`, and its corners as seen from there `[F, 3, 2]`."""
+    """Each face's side of the box `[F]`, how far out it lies `[F]`, and its corners as seen from there, right and down `[F, 3, 2]`."""
     triangles = vertices[faces]
     doubled = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
     own = doubled / np.maximum(np.linalg.norm(doubled, axis=1, keepdims=True), 1e-30)
@@ -81,8 +81,8 @@ def _sides(vertices: np.ndarray, faces: np.ndarray, neighbors: np.ndarray) -> tu
     side = np.where(seen.any(1), wanted.argmax(1), 0)
     axis, sign = side % 3, np.where(side < 3, 1.0, -1.0)
     rows = np.arange(len(faces))
-    across, up = triangles[rows, :, (axis + 1) % 3] * sign[:, None], triangles[rows, :, (axis + 2) % 3]
-    return side, triangles[rows, :, axis].mean(1) * sign, np.stack([across, up], -1)
+    right, up = triangles[rows, :, (axis + 1) % 3] * sign[:, None], triangles[rows, :, (axis + 2) % 3]
+    return side, triangles[rows, :, axis].mean(1) * sign, np.stack([right, -up], -1)
 
 
 def _packed(plane: np.ndarray, chart: np.ndarray, texture_size: int, padding: float) -> np.ndarray:

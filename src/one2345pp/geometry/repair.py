@@ -132,7 +132,7 @@ def keep_components(mesh: trimesh.Trimesh, min_share: float = 0.01) -> trimesh.T
 
 
 def decimate(mesh: trimesh.Trimesh, faces: int) -> trimesh.Trimesh:
-    """At most `faces` faces by quadric edge collapse, and no more than 1% (or 4) fewer; a closed mesh stays closed.
+    """At most `faces` faces by quadric edge collapse, and no more than 1% (or 2) fewer; closed meshes stay closed if they can.
 
     Vertex colours are carried over from the original surface. A mesh within the budget is returned as it is.
 
@@ -152,7 +152,7 @@ def decimate(mesh: trimesh.Trimesh, faces: int) -> trimesh.Trimesh:
         out = _collapsed(whole, target, aggressiveness)
         reached = len(out.faces)
         target += max(faces - reached, 0)  # faces that vanished after the collapse
-        if min(0.99 * faces, faces - 4) <= reached <= faces:
+        if min(0.99 * faces, faces - 2) <= reached <= faces:
             best = out if best is None or out.is_watertight else best
             if best.is_watertight or not whole.is_watertight:
                 break

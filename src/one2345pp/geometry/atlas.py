@@ -26,7 +26,7 @@ from .texels import covered_texels
 logger = logging.getLogger(__name__)
 
 CHART_FACES = 500  # xatlas takes time quadratic in the faces of a chart, so charts are kept to about this many
-XATLAS_FACES = 100_000  # about a minute's work
+XATLAS_FACES = 50_000  # half a minute's work
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Atlas:
         return trimesh.Trimesh(self.vertices, self.faces, visual=visual, process=False)
 
 
-def unwrap(mesh: trimesh.Trimesh, texture_size: int = 1024, padding: int = 2, time_limit: float = 60.0) -> Atlas:
+def unwrap(mesh: trimesh.Trimesh, texture_size: int = 1024, padding: int = 2, time_limit: float = 120.0) -> Atlas:
     """Cut a mesh into charts and pack them into the unit square; the same mesh gives the same UVs.
 
     The charts are xatlas's. If the mesh is too large for it, or it is not done in time, they are box projections

@@ -59,7 +59,8 @@ def solid_sdf(volume: SparseVolume) -> np.ndarray:
     """Signed distance on the whole grid, `[X, Y, Z]` float64, never within a thousandth of the truncation of zero.
 
     Cells that are not active take the harmonic extension of those that are, so neither a closed band nor one component
-    is assumed: leaks are spanned by a membrane. Outsides that the grid's border cannot reach are then filled.
+    is assumed: leaks are spanned by a membrane, though a gap through a wall thinner than the gap is wide may stay.
+    Outsides that the grid's border cannot reach are then filled.
     """
     known, values = np.zeros([volume.resolution] * 3, bool), np.zeros([volume.resolution] * 3)
     cells = tuple(volume.coords.cpu().numpy().T)

@@ -26,7 +26,7 @@ NO_HEIGHT = 1e-6  # a face is degenerate if its height is a smaller share of its
 PINCH_GAP = 0.01  # share of the way to its neighbours by which a pinched vertex is drawn apart
 
 
-def repair_mesh(mesh: trimesh.Trimesh, max_hole: float = 0.1) -> trimesh.Trimesh:
+def repair_mesh(mesh: trimesh.Trimesh, max_hole: float = 0.3) -> trimesh.Trimesh:
     """Weld a mesh, remove its degenerate faces and fill its small holes; one that is closed stays closed.
 
     Args:
@@ -77,26 +77,18 @@ def remove_degenerate(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     return compact(_with_faces(mesh, faces), keep)
 
 
-def fill_holes(mesh: trimesh.Trimesh, max_hole: float = 0.1) -> trimesh.Trimesh:
+def fill_holes(mesh: trimesh.Trimesh, max_hole: float = 0.3) -> trimesh.Trimesh:
     """A welded mesh with its holes closed by a fan about the rim's middle, if the rim is short (`repair_mesh`)."""
     directed = mesh.faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)
     _, edge, count = np.unique(np.sort(directed, 1), axis=0, return_inverse=True, return_counts=True)
     rim = directed[count[edge.reshape(-1)] == 1][:, ::-1]  # the filling runs against the faces beside it
-    after = dict(rim.tolist())
-    forks = set(rim[:, 0][_repeated(rim[:, 0])].tolist())  # where rims touch, which way they go on is not known
-    longest = max_hole * np.linalg.norm(mesh.bounds[1] - mesh.bounds[0])
     if len(rim) == 0:
         return mesh
+    longest = max_hole * np.linalg.norm(mesh.bounds[1] - mesh.bounds[0])
     vertices, faces, colors = list(mesh.vertices), [mesh.faces], list(mesh.visual.vertex_colors)
-    while after:
-        start, vertex = after.popitem()
-        loop = [start]
-        while vertex != start and vertex in after:
-            loop.append(vertex)
-            vertex = after.pop(vertex)
+    for loop in _loops(rim):
         corners = mesh.vertices[loop]
-        length = np.linalg.norm(corners - np.roll(corners, -1, 0), axis=1).sum()
-        if vertex != start or len(loop) < 3 or length > longest or forks & set(loop):
+        if np.linalg.norm(corners - np.roll(corners, -1, 0), axis=1).sum() > longest:
             continue
         if len(loop) == 3:
             faces.append(np.array([loop]))
@@ -291,6 +283,25 @@ def _sheets(vertices: np.ndarray, faces: np.ndarray, directed: np.ndarray, group
     if 2 * len(pairs) != len(group):  # not the border of a solid: any pairs do
         pairs = list(zip(group[forward], group[~forward], strict=False))
     return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def _loops(edges: np.ndarray) -> list[list[int]]:
+    """Closed walks along directed edges `[E, 2]`, each edge in one at most, no vertex twice in one."""
+    after: dict[int, list[int]] = {}
+    for a, b in edges.tolist():
+        after.setdefault(a, []).append(b)
+    loops = []
+    for start in list(after):
+        path = [start]
+        while path and after.get(path[-1]):
+            vertex = after[path[-1]].pop()
+            if vertex in path:
+                first = path.index(vertex)
+                loops.append(path[first:])
+                path = path[: first + 1]
+            else:
+                path.append(vertex)
+    return [loop for loop in loops if len(loop) > 2]
 
 
 # --- small ------------------------------------------------------------------------------------------------------

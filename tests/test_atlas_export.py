@@ -2,8 +2,13 @@
 
 import io
 import json
+import logging
 import struct
+import subprocess
+import sys
+import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +16,11 @@ import trimesh
 from PIL import Image
 
 from one2345pp.errors import InputError
+from one2345pp.geometry import xatlas_child
 from one2345pp.geometry.atlas import pad_texture, texel_samples, unwrap
 from one2345pp.geometry.export import export_mesh
 from one2345pp.geometry.mesh import load_mesh, surface_colors
+from one2345pp.geometry.texels import covered_texels
 
 
 SIZE = 128
@@ -32,9 +39,15 @@ def mesh():
     return out
 
 
+@pytest.fixture(scope="module", params=[120.0, 0.0], ids=["xatlas", "projection"])
+def time_limit(request):
+    """With time for xatlas, and without any, which leaves box projections."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def atlas(mesh):
-    return unwrap(mesh, SIZE)
+def atlas(mesh, time_limit):
+    return unwrap(mesh, SIZE, time_limit=time_limit)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +74,56 @@ def test_unwrapping_cuts_and_does_not_move(mesh, atlas):
     assert atlas.uvs.min() >= 0 and atlas.uvs.max() <= 1
 
 
-def test_the_same_mesh_gives_the_same_uvs(mesh, atlas):
-    assert unwrap(mesh, SIZE).uvs.tobytes() == atlas.uvs.tobytes()
+def test_the_same_mesh_gives_the_same_uvs(mesh, atlas, time_limit):
+    assert unwrap(mesh, SIZE, time_limit=time_limit).uvs.tobytes() == atlas.uvs.tobytes()
+
+
+def test_the_time_limit_holds(caplog):
+    """Half a minute's work for xatlas, given a fifth of a second: box projections come instead, and the log says so."""
+    ball = trimesh.creation.icosphere(subdivisions=6)
+    ball = trimesh.Trimesh(ball.vertices, ball.faces[:40000], process=False)
+    start = time.process_time()
+    with caplog.at_level(logging.WARNING):
+        atlas = unwrap(ball, 256, time_limit=0.2)
+    assert time.process_time() - start < 10 and len(atlas.faces) == 40000
+    assert "xatlas was not done in 0.2 s" in caplog.text
+
+
+def test_projections_are_few_whole_and_apart():
+    """A box is six rectangles; unmirrored, and as far from each other as asked."""
+    box = trimesh.creation.box([1.0, 0.6, 0.3])
+    atlas = unwrap(box, SIZE, padding=6, time_limit=0)
+    corners = atlas.uvs[atlas.faces]
+    assert (np.linalg.det(corners[:, 1:] - corners[:, :1]) > 0).all()
+    assert len(atlas.vertices) == 24
+    boxes = [(piece.min((0, 1)), piece.max((0, 1))) for piece in corners[np.array(box.facets)]]
+    for i, (low, high) in enumerate(boxes):
+        for other_low, other_high in boxes[:i]:
+            gap = np.maximum(low - other_high, other_low - high).max() * SIZE
+            assert gap > 6 - 1e-6
+
+
+def test_projections_that_overlap_are_taken_apart():
+    """A spiral ramp of two turns lies over itself as seen from above: no texel's centre is covered twice."""
+    turns = np.linspace(0, 4 * np.pi, 200)
+    ring = np.stack([np.cos(turns), 0.05 * turns, np.sin(turns)], 1)
+    vertices = np.concatenate([ring * [0.5, 1, 0.5], ring])
+    i = np.arange(199)
+    faces = np.concatenate([np.stack([i, i + 1, i + 201], 1), np.stack([i, i + 201, i + 200], 1)])
+    atlas = unwrap(trimesh.Trimesh(vertices, faces, process=False), SIZE, time_limit=0)
+    count = np.zeros(SIZE * SIZE, int)
+    corners = np.stack([atlas.uvs[atlas.faces][..., 0], 1 - atlas.uvs[atlas.faces][..., 1]], -1) * SIZE - 0.5
+    for texel, _, nearest in covered_texels(corners, SIZE):
+        np.add.at(count, texel[nearest > 1e-6], 1)
+    assert count.max() == 1
+
+
+def test_the_child_that_unwraps_imports_no_torch():
+    """Starting it must be cheap: only numpy and xatlas, not the package."""
+    child = Path(xatlas_child.__file__)
+    done = subprocess.run([sys.executable, "-X", "importtime", str(child)], input=b"", capture_output=True)
+    assert b"xatlas" in done.stderr
+    assert b"torch" not in done.stderr and b"one2345pp." not in done.stderr
 
 
 def test_charts_do_not_overlap_and_keep_their_distance(mesh, atlas):

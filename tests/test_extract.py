@@ -1,6 +1,8 @@
 """Volumes to meshes against shapes whose area, volume and topology are known."""
 
+import logging
 import math
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 import trimesh
 
 from one2345pp.errors import InputError
-from one2345pp.geometry.extract import decimate, keep_components, volume_to_mesh
+from one2345pp.geometry.extract import keep_components, solidify, volume_to_mesh
 from one2345pp.geometry.volume import SparseVolume, cell_centers
 
 
@@ -24,6 +26,12 @@ def make_volume(distance, drop=None, resolution=RESOLUTION, truncation=TRUNCATIO
     if drop is not None:
         active &= ~drop(points)
     return SparseVolume(coords[active], sdf[active].float(), (points[active] + 0.5).float(), resolution, truncation)
+
+
+def without(volume, gone):
+    """The volume without the marked cells, `[N]` bool."""
+    fields = (volume.coords[~gone], volume.sdf[~gone], volume.colors[~gone])
+    return SparseVolume(*fields, volume.resolution, volume.truncation)
 
 
 def ball(points, center=(0.0, 0.0, 0.0), radius=0.35):
@@ -50,24 +58,60 @@ def bowl(points):
 SPHERE = 4 / 3 * math.pi
 
 
-@pytest.mark.parametrize(
-    ("distance", "volume", "euler", "tolerance"),
-    [
-        (ball, SPHERE * 0.35**3, 2, 0.01),
-        (torus, 2 * math.pi**2 * 0.28 * 0.12**2, 0, 0.02),
-        (box, 8 * 0.4 * 0.15 * 0.25, 2, 0.02),
-        (two_balls, SPHERE * (0.2**3 + 0.12**3), 4, 0.02),
-        (bowl, SPHERE / 2 * (0.4**3 - 0.32**3), 2, 0.04),
-        (lambda p: box(p, (0.4, 0.015, 0.3)), 8 * 0.4 * 0.015 * 0.3, 2, 0.06),
-    ],
-    ids=["ball", "torus", "box", "two balls", "bowl", "thin plate"],
-)
-def test_known_shapes(distance, volume, euler, tolerance):
-    """Oracle: closed formulas for volume and Euler number. A positive volume also proves outward winding."""
+def punched_shell(points):
+    """A hollow ball with a hole through its wall, wider than the wall is thick."""
+    hole = 0.12 - torch.where(points[:, 2] > 0, points[:, :2].norm(dim=-1), torch.inf)
+    return torch.maximum((points.norm(dim=-1) - 0.34).abs() - 0.04, hole)
+
+
+def thin_plate(points):
+    return box(points, (0.4, 0.015, 0.3))
+
+
+KNOWN = {  # distance, volume, area, Euler number, tolerance
+    "ball": (ball, SPHERE * 0.35**3, 4 * math.pi * 0.35**2, 2, 0.01),
+    "torus": (torus, 2 * math.pi**2 * 0.28 * 0.12**2, 4 * math.pi**2 * 0.28 * 0.12, 0, 0.02),
+    "box": (box, 8 * 0.4 * 0.15 * 0.25, 8 * (0.4 * 0.15 + 0.15 * 0.25 + 0.25 * 0.4), 2, 0.02),
+    "two balls": (two_balls, SPHERE * (0.2**3 + 0.12**3), 4 * math.pi * (0.2**2 + 0.12**2), 4, 0.02),
+    "bowl": (bowl, SPHERE / 2 * (0.4**3 - 0.32**3), math.pi * (3 * 0.4**2 + 0.32**2), 2, 0.04),
+    "thin plate": (thin_plate, 8 * 0.4 * 0.015 * 0.3, 8 * (0.4 * 0.015 + 0.015 * 0.3 + 0.3 * 0.4), 2, 0.06),
+    "punched shell": (
+        punched_shell,
+        SPHERE * (0.38**3 - 0.3**3) * 0.97,
+        4 * math.pi * (0.38**2 + 0.3**2) * 0.98,
+        2,
+        0.04,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_shapes(name):
+    """Oracle: closed formulas for volume, area and Euler number. A positive volume also proves outward winding."""
+    distance, volume, area, euler, tolerance = KNOWN[name]
     mesh = volume_to_mesh(make_volume(distance))
     assert mesh.is_watertight and mesh.is_winding_consistent
     assert mesh.volume == pytest.approx(volume, rel=tolerance)
+    assert mesh.area == pytest.approx(area, rel=2 * tolerance)  # sharp edges are cut off
     assert mesh.euler_number == euler
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN if name != "thin plate"])
+def test_gaps_between_coarse_cells_are_closed(name):
+    """A tenth of the coarse cells is missing, as where a network overlooks some: no hole is torn, no part comes off.
+
+    Walls thinner than a gap are left out: what lies before and behind outweighs what lies beside.
+
+    Oracle: the mesh of the same volume without gaps.
+    """
+    whole = make_volume(KNOWN[name][0])
+    random = np.random.default_rng(0)
+    gone = torch.from_numpy(random.random([RESOLUTION // 2] * 3) < 0.1)
+    mesh = volume_to_mesh(without(whole, gone[tuple((whole.coords // 2).T)]))
+    expected = volume_to_mesh(whole)
+    assert mesh.is_watertight and mesh.euler_number == expected.euler_number
+    assert mesh.volume == pytest.approx(expected.volume, rel=0.04)
+    assert mesh.area == pytest.approx(expected.area, rel=0.02)
 
 
 def test_surface_lies_where_the_cells_say():
@@ -85,20 +129,43 @@ def test_colors_are_interpolated_trilinearly():
     assert np.abs(np.asarray(mesh.visual.vertex_colors)[:, :3] - expected).max() <= 1.0
 
 
-@pytest.mark.parametrize("radius", [0.04, 0.07])
+@pytest.mark.parametrize("radius", [0.04, 0.07, 0.15])
 def test_a_hole_in_the_band_is_closed(radius):
     """The inside leaks out through a hole punched in the band; the solid must come out all the same."""
     hole = make_volume(ball, drop=lambda p: (p[:, :2].norm(dim=-1) < radius) & (p[:, 2] > 0))
     mesh = volume_to_mesh(hole)
     assert mesh.is_watertight and mesh.euler_number == 2
-    assert mesh.volume == pytest.approx(SPHERE * 0.35**3, rel=0.02)
+    assert mesh.volume == pytest.approx(SPHERE * 0.35**3, rel=0.03)
 
 
-def test_a_hole_too_wide_to_close_turns_nothing_inside_out():
-    """With a quarter of the band missing the shell stays a shell: outward winding, and no spike leaves the object."""
+def test_half_a_band_still_bounds_a_solid():
+    """With a third of the ball's band missing a membrane spans it: no more than the ball, and no less than what is left of it."""
     mesh = volume_to_mesh(make_volume(ball, drop=lambda p: p[:, 2] > 0.15))
-    assert mesh.is_watertight and mesh.volume > 0
-    assert np.linalg.norm(mesh.vertices, axis=1).max() < 0.35 + TRUNCATION
+    assert mesh.is_watertight and mesh.euler_number == 2
+    height = 0.35 - 0.15
+    cap = math.pi * height**2 * (3 * 0.35 - height) / 3
+    assert 0.95 * (SPHERE * 0.35**3 - cap) < mesh.volume < SPHERE * 0.35**3
+    assert np.linalg.norm(mesh.vertices, axis=1).max() < 0.35 + 1 / RESOLUTION
+
+
+def test_cells_without_any_outside_do_not_fill_the_grid():
+    """Only the negative half of a ball's band: the surface stays near it, because what has no context is outside."""
+    mesh = volume_to_mesh(make_volume(lambda p: ball(p, radius=0.15), drop=lambda p: p.norm(dim=-1) > 0.15))
+    assert mesh.is_watertight and mesh.euler_number == 2
+    assert 0.15 < np.linalg.norm(mesh.vertices, axis=1).max() < 0.3
+
+
+def test_the_same_volume_gives_the_same_bytes():
+    first, second = (volume_to_mesh(make_volume(bowl)) for _ in range(2))
+    assert first.vertices.tobytes() == second.vertices.tobytes() and first.faces.tobytes() == second.faces.tobytes()
+
+
+def test_a_volume_of_the_default_size_takes_no_time():
+    """Far under two seconds of one core for 64 cells a side (0.2 s when written)."""
+    volume = make_volume(torus, resolution=64, truncation=0.05)
+    start = time.process_time()
+    volume_to_mesh(volume)
+    assert time.process_time() - start < 1.5
 
 
 def test_enclosed_hollows_are_filled():
@@ -120,6 +187,14 @@ def test_floaters_are_dropped_and_real_parts_kept():
 
     assert volume_to_mesh(make_volume(with_speck)).body_count == 2
     assert volume_to_mesh(make_volume(with_speck), min_component=0.0).body_count == 3
+
+
+def test_floaters_that_are_more_than_a_hundredth_are_named(caplog):
+    with caplog.at_level(logging.WARNING):
+        volume_to_mesh(make_volume(two_balls))
+        assert not caplog.records
+        volume_to_mesh(make_volume(two_balls), min_component=0.5)
+    assert "dropped 1 pieces with 26" in caplog.text
 
 
 def test_exact_zeros_make_no_degenerate_faces():
@@ -151,34 +226,39 @@ def test_keep_components_drops_inner_shells():
     assert len(mesh.faces) == len(outer.faces)
 
 
-def test_decimate_keeps_the_budget_shape_and_colors():
-    mesh = volume_to_mesh(make_volume(ball))
-    small = decimate(mesh, 1000)
-    assert 900 <= len(small.faces) <= 1000
-    assert small.is_watertight and small.volume == pytest.approx(mesh.volume, rel=0.01)
-    colors = np.asarray(small.visual.vertex_colors)[:, :3] / 255
-    assert np.abs(colors - (small.vertices + 0.5)).max() < 0.02
-    assert decimate(small, 1000) is small
+def open_bowl():
+    """A sheet: half a sphere without a thickness."""
+    ball = trimesh.creation.icosphere(subdivisions=4, radius=0.4)
+    return trimesh.Trimesh(ball.vertices, ball.faces[ball.triangles_center[:, 1] < 0], process=False)
 
 
-def test_decimate_joins_vertices_that_files_split():
-    """A mesh whose faces share no vertex cannot be collapsed as it stands."""
-    mesh = volume_to_mesh(make_volume(ball))
-    soup = trimesh.Trimesh(mesh.triangles.reshape(-1, 3), np.arange(3 * len(mesh.faces)).reshape(-1, 3), process=False)
-    small = decimate(soup, 800)
-    assert len(small.faces) <= 800 and small.is_watertight
+def overlapping_boxes():
+    boxes = [trimesh.creation.box([0.5, 0.3, 0.3]), trimesh.creation.box([0.3, 0.5, 0.2])]
+    return trimesh.util.concatenate(boxes)
 
 
-def test_decimate_never_exceeds_the_budget_of_many_pieces():
-    """Fifty boxes cannot each keep a shape within forty faces: either the budget holds, or the error says why."""
-    shifts = [trimesh.transformations.translation_matrix([i, 0, 0]) for i in range(50)]
-    boxes = trimesh.util.concatenate([trimesh.creation.box(extents=[0.5] * 3, transform=shift) for shift in shifts])
-    try:
-        assert 0 < len(decimate(boxes, 40).faces) <= 40
-    except InputError as error:
-        assert "pieces" in str(error)
+def inside_out():
+    ball = trimesh.creation.icosphere(subdivisions=3, radius=2.0)
+    ball.invert()
+    ball.apply_translation([5, 0, 0])
+    return ball
 
 
-def test_decimate_refuses_budgets_below_a_tetrahedron():
-    with pytest.raises(InputError, match="at least 4"):
-        decimate(trimesh.creation.box(), 3)
+@pytest.mark.parametrize(
+    ("make", "low", "high"),
+    [(open_bowl, 0.003, 0.02), (overlapping_boxes, 0.05, 0.077), (inside_out, 32.5, 34.0)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_solids_for_printing_come_from_anything(make, low, high):
+    """Closed and wound outwards, in the mesh's own place and size; also after a trip through STL, which welds by position."""
+    mesh = make()
+    solid = solidify(mesh, resolution=64)
+    joined = trimesh.load(trimesh.util.wrap_as_stream(solid.export(file_type="stl")), file_type="stl")
+    for one in (solid, joined):
+        assert one.is_watertight and one.is_winding_consistent and low < one.volume < high
+    np.testing.assert_allclose(solid.bounds, mesh.bounds, atol=0.02 * mesh.scale)
+
+
+def test_a_solid_is_printed_as_it_is():
+    mesh = trimesh.creation.icosphere(subdivisions=2)
+    assert len(solidify(mesh).faces) == len(mesh.faces)

@@ -5,20 +5,28 @@ UVs have their origin at the lower left, images at the upper left. Axes: V verti
 
 from __future__ import annotations
 
+import io
+import logging
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import trimesh
-import xatlas
 from PIL import Image
 from scipy import ndimage
 
 from ..errors import InputError
+from .projection import project_charts
+from .texels import covered_texels
 
+
+logger = logging.getLogger(__name__)
 
 CHART_FACES = 500  # xatlas takes time quadratic in the faces of a chart, so charts are kept to about this many
-CHUNK = 1_000_000  # texels tested against faces at once
+XATLAS_FACES = 50_000  # half a minute's work
 
 
 @dataclass
@@ -46,31 +54,60 @@ class Atlas:
         return trimesh.Trimesh(self.vertices, self.faces, visual=visual, process=False)
 
 
-def unwrap(mesh: trimesh.Trimesh, texture_size: int = 1024, padding: int = 2) -> Atlas:
+def unwrap(mesh: trimesh.Trimesh, texture_size: int = 1024, padding: int = 2, time_limit: float = 120.0) -> Atlas:
     """Cut a mesh into charts and pack them into the unit square; the same mesh gives the same UVs.
 
+    The charts are xatlas's. If the mesh is too large for it, or it is not done in time, they are box projections
+    (`projection.project_charts`), which take a few seconds for any mesh, and the log says so.
+
     Args:
-        mesh: Triangles. Time grows with their number (about a second for 10,000): decimate dense meshes first.
+        mesh: Triangles.
         texture_size: Side in texels of the texture it is made for.
         padding: Texels kept free between charts.
+        time_limit: Seconds given to xatlas; 0 goes without it.
 
     Raises:
         InputError: If no face has an area.
     """
-    charts, packing = xatlas.ChartOptions(), xatlas.PackOptions()
-    charts.max_chart_area = float(mesh.area) * CHART_FACES / max(len(mesh.faces), CHART_FACES)
-    packing.resolution = texture_size
-    packing.padding = math.ceil(1.5 * padding)  # xatlas's square may come out larger than asked for
-    packing.bilinear = True
-    atlas = xatlas.Atlas()
-    atlas.add_mesh(np.asarray(mesh.vertices, np.float32), np.asarray(mesh.faces, np.uint32))
-    atlas.generate(charts, packing)
-    if atlas.chart_count == 0:
+    if not mesh.area > 0:
         raise InputError("mesh: none of its faces has an area, so it cannot be given UVs.")
-    vertex_map, faces, uvs = atlas[0]
-    uvs = uvs * (np.array([atlas.width, atlas.height]) / max(atlas.width, atlas.height))  # texels stay square
-    vertex_map = vertex_map.astype(np.int64)
-    return Atlas(np.asarray(mesh.vertices)[vertex_map], faces.astype(np.int64), uvs.astype(np.float64), vertex_map)
+    vertices, cut = np.asarray(mesh.vertices), None
+    if len(mesh.faces) <= XATLAS_FACES and time_limit > 0:
+        cut = _xatlas_charts(mesh, texture_size, padding, time_limit)
+    elif time_limit > 0:
+        logger.warning("unwrap: %d faces are too many for xatlas, so charts are box projections.", len(mesh.faces))
+    if cut is None:
+        cut = project_charts(vertices, np.asarray(mesh.faces), texture_size, padding)
+    vertex_map, faces, uvs = cut
+    return Atlas(vertices[vertex_map], faces.astype(np.int64), uvs.astype(np.float64), vertex_map.astype(np.int64))
+
+
+def _xatlas_charts(
+    mesh: trimesh.Trimesh, texture_size: int, padding: int, time_limit: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Vertex map, faces and UVs as `projection.project_charts`, or `None`, with a warning, if xatlas does not give them."""
+    given = io.BytesIO()
+    np.savez(
+        given,
+        vertices=np.asarray(mesh.vertices, np.float32),
+        faces=np.asarray(mesh.faces, np.uint32),
+        max_chart_area=float(mesh.area) * CHART_FACES / max(len(mesh.faces), CHART_FACES),
+        resolution=texture_size,
+        padding=math.ceil(1.5 * padding),  # xatlas's square may come out larger than asked for
+        time_limit=time_limit,
+    )
+    command = [sys.executable, str(Path(__file__).with_name("xatlas_child.py"))]
+    try:
+        done = subprocess.run(command, input=given.getvalue(), capture_output=True, timeout=time_limit, check=True)
+    except (subprocess.SubprocessError, OSError) as error:
+        late = isinstance(error, subprocess.TimeoutExpired)
+        reason = f"was not done in {time_limit:g} s" if late else f"failed ({error})"
+        logger.warning("unwrap: xatlas %s, so charts are box projections.", reason)
+        return None
+    found = np.load(io.BytesIO(done.stdout))
+    width, height = found["size"]
+    uvs = found["uvs"] * (np.array([width, height]) / max(width, height, 1))  # texels stay square
+    return found["vertex_map"], found["faces"], uvs
 
 
 def texel_samples(atlas: Atlas, texture_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -111,26 +148,10 @@ def _covering_faces(
     texture_size: int,
 ) -> np.ndarray:
     """The face that covers each texel's centre or lies within it, `[H, W]` int64, -1 where there is none."""
-    origin, edges = corners[:, 0], corners[:, 1:] - corners[:, :1]  # pixel = origin + (b1, b2) @ edges
-    determinant = edges[:, 0, 0] * edges[:, 1, 1] - edges[:, 0, 1] * edges[:, 1, 0]
-    scale = 1 / np.where(determinant == 0, np.inf, determinant)
-    to_b1 = np.stack([edges[:, 1, 1], -edges[:, 1, 0]], -1) * scale[:, None]
-    to_b2 = np.stack([-edges[:, 0, 1], edges[:, 0, 0]], -1) * scale[:, None]
-    low = np.ceil(corners.min(1)).astype(np.int64).clip(0, texture_size - 1)
-    extent = np.maximum(np.floor(corners.max(1)).astype(np.int64).clip(0, texture_size - 1) - low + 1, 0)
-    extent[determinant == 0] = 0
     owner = np.full(texture_size**2, -1, np.int64)
-    counts = extent.prod(1)
-    for faces in np.split(np.arange(len(corners)), np.flatnonzero(np.diff(np.cumsum(counts) // CHUNK)) + 1):
-        face = np.repeat(faces, counts[faces])
-        offset = np.arange(len(face)) - np.repeat(np.cumsum(counts[faces]) - counts[faces], counts[faces])
-        row, column = np.divmod(offset, extent[face, 0])
-        x, y = low[face, 0] + column, low[face, 1] + row
-        dx, dy = x - origin[face, 0], y - origin[face, 1]
-        b1 = to_b1[face, 0] * dx + to_b1[face, 1] * dy
-        b2 = to_b2[face, 0] * dx + to_b2[face, 1] * dy
-        inside = (b1 >= -1e-9) & (b2 >= -1e-9) & (b1 + b2 <= 1 + 1e-9)
-        owner[(y * texture_size + x)[inside]] = face[inside]
+    for texel, face, nearest in covered_texels(corners, texture_size):
+        inside = nearest >= -1e-9
+        owner[texel[inside]] = face[inside]
     slivers = np.setdiff1d(np.arange(len(corners)), owner)  # faces between the centres get what free texels they pass
     spots = np.concatenate([corners, (corners + np.roll(corners, 1, axis=1)) / 2], 1)[slivers]
     columns, rows = np.rint(spots).astype(np.int64).clip(0, texture_size - 1).reshape(-1, 2).T

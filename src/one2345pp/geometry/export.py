@@ -6,6 +6,7 @@ The same mesh gives the same bytes: nothing written depends on time, on the fold
 from __future__ import annotations
 
 import io
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -66,8 +67,9 @@ def _obj(mesh: trimesh.Trimesh, stem: str) -> dict[str, bytes]:
         if simple.image is not None:
             simple.diffuse = white  # viewers multiply it with the texture
         mesh.visual.material = simple
+    small = max(0, -math.floor(math.log10(max(np.abs(mesh.vertices).max(), 1e-30))))  # zeros after the point
     text, extra = trimesh.exchange.obj.export_obj(
-        mesh, include_normals=True, return_texture=True, mtl_name=f"{stem}.mtl", header=None
+        mesh, include_normals=True, return_texture=True, mtl_name=f"{stem}.mtl", header=None, digits=7 + small
     )
     return {**extra, "": text.encode()}
 

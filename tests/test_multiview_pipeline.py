@@ -111,7 +111,8 @@ def test_call_signature():
     names = list(inspect.signature(MultiViewTilePipeline.__call__).parameters)
     expected = """self image prompt negative_prompt num_inference_steps guidance_scale num_images_per_prompt height width
         generator latents control_image output_type return_dict callback_on_step_end callback_on_step_end_tensor_inputs
-        cross_attention_kwargs"""
+        cross_attention_kwargs controlnet_conditioning_scale control_guidance_start control_guidance_end guidance_interval
+        transparent"""
     assert names == expected.split()
 
 

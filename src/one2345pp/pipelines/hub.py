@@ -139,7 +139,11 @@ class SelfContainedMixin:
             if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
                 continue
             module, class_name = entry
-            _forget_origin(folder / name / "config.json")
+            for config in (
+                folder / name / "config.json",
+                *folder.glob(f"{name}_[1-9]/config.json"),
+            ):  # several ControlNets
+                _forget_origin(config)
             for stale in (folder / name).glob(f"{PACKAGE}.*.py"):
                 stale.unlink()
             if _is_public(module, class_name):

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,7 +111,7 @@ def _networks(network) -> list[ControlNetModel]:
 
 
 def _one_a_network(name: str, value: float | list[float], count: int) -> list[float]:
-    values = list(value) if isinstance(value, Sequence) else [value] * count
+    values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
         raise InputError(f"{name}: got {len(values)} numbers, expected one, or a list of {count}, one a ControlNet.")
     return values
@@ -124,10 +123,10 @@ def _one_list_a_network(control_image: Any, count: int, number: int) -> list[lis
             "control_image: this pipeline has no ControlNet. Load one with from_pretrained(..., controlnet=...), "
             "or leave control_image out."
         )
-    entries = list(control_image) if count > 1 and isinstance(control_image, Sequence) else [control_image]
+    entries = list(control_image) if count > 1 and isinstance(control_image, list | tuple) else [control_image]
     if len(entries) != count:
         raise InputError(f"control_image: got {len(entries)}, expected a list of {count}, one a ControlNet.")
-    rows = [list(entry) if isinstance(entry, Sequence) else [entry] * number for entry in entries]
+    rows = [list(entry) if isinstance(entry, list | tuple) else [entry] * number for entry in entries]
     for row in rows:
         if len(row) != number or not all(isinstance(picture, Image.Image) for picture in row):
             kinds = ", ".join(sorted({type(picture).__name__ for picture in row})) or "nothing"

@@ -67,15 +67,13 @@ class ReferenceAttnProcessor:
     def __init__(self, name: str, inner, passes: ReferenceAttention):
         self.name, self.inner, self.passes = name, inner, passes
 
-    def __call__(
-        self, attn, hidden_states: Tensor, encoder_hidden_states=None, attention_mask=None, temb=None
-    ) -> Tensor:
+    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states=None, attention_mask=None) -> Tensor:
         context = hidden_states  # [B, N, C]
         if self.passes.mode == "write":
             self.passes.keep(self.name, hidden_states)
         else:
             context = torch.cat([hidden_states, self.passes.tokens[self.name]], dim=1)  # [B, N + M, C]
-        return self.inner(attn, hidden_states, context, attention_mask, temb)
+        return self.inner(attn, hidden_states, context, attention_mask)
 
 
 @contextmanager

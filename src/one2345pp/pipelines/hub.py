@@ -94,7 +94,11 @@ class SelfContainedMixin:
         """As `DiffusionPipeline.save_pretrained`, and the folder can be loaded by `DiffusionPipeline.from_pretrained`.
 
         A `README.md` in the folder stays as it is, also on the Hub with `push_to_hub=True`.
+
+        Raises:
+            InputError: If LoRA weights are loaded: the folder would be without the weights below them.
         """
+        _refuse_adapters(self)
         folder = Path(save_directory)
         hub_names = ("repo_id", "commit_message", "private", "token", "create_pr")
         hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
@@ -162,6 +166,17 @@ class SelfContainedMixin:
             )
             (folder / "pipeline.py").write_text(shim, encoding="utf-8")
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _refuse_adapters(pipeline: DiffusionPipeline) -> None:
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module) and any(
+            type(module).__module__.startswith("peft.") for module in component.modules()
+        ):
+            raise InputError(
+                f"{name}: has LoRA weights, which a saved pipeline cannot hold. Call unload_lora_weights() first, after fuse_lora() "
+                "to keep their effect; save_lora_weights() saves them alone."
+            )
 
 
 def _forget_origin(config_path: Path) -> None:

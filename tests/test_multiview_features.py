@@ -1,4 +1,4 @@
-"""What diffusers offers around a pipeline, on stage 1: it works and changes nothing, or it is refused. The table: docs/multiview.md."""
+"""What diffusers offers around a pipeline, on stage 1: it works, or it is refused. The table: docs/multiview.md."""
 
 import copy
 

@@ -7,6 +7,7 @@ trust_remote_code=True)` executes. Our own classes need none of that: they look 
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
 from pathlib import Path
@@ -70,9 +71,12 @@ class SelfContainedMixin:
         """As `ConfigMixin.load_config`, with this package's components pointed at this module instead of at the folder's shims."""
         outputs = super().load_config(pretrained_model_name_or_path, **kwargs)
         config = outputs[0] if isinstance(outputs, tuple) else outputs
-        for name, entry in config.items():
+        known = inspect.signature(cls.__init__).parameters
+        for name, entry in list(config.items()):
             if isinstance(entry, list) and len(entry) == 2 and _is_public(*entry):
                 config[name] = [__name__, entry[1]]
+            elif entry == [None, None] and name not in known:  # nothing, for another class: Zero123++'s safety_checker
+                del config[name]
         return outputs
 
     @classmethod

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from torch import Tensor
 
 from ..errors import InputError
@@ -87,9 +88,9 @@ def reference_attention(unet: UNet2DConditionModel) -> Iterator[ReferenceAttenti
 
     Source: Zero123++ section 2.2 (scaled reference attention); arXiv 2310.15110.
     """
-    if any(getattr(module, "fused_projections", False) for module in unet.modules()):
-        raise InputError("unet: reference attention needs separate projections. Call unet.unfuse_qkv_projections().")
     own = unet.attn_processors
+    if any(isinstance(processor, FusedAttnProcessor2_0) for processor in own.values()):
+        raise InputError("unet: reference attention needs separate projections. Call unet.unfuse_qkv_projections().")
     passes = ReferenceAttention(unet, layers=sum(name.endswith("attn1.processor") for name in own))
     unet.set_attn_processor(
         {

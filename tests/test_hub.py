@@ -140,6 +140,14 @@ def hub_class(name: str):
     return type(name, (hub.SelfContainedMixin, DiffusionPipeline), {})
 
 
+def test_absent_parts_of_other_classes_are_ignored(saved, tmp_path):
+    """Folders of Zero123++ name a safety checker that is not there."""
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model_index.json").write_text(json.dumps(_index(saved[0]) | {"safety_checker": [None, None]}))
+    assert "safety_checker" not in MultiViewTilePipeline.load_config(tmp_path)
+    assert _draw(MultiViewTilePipeline.from_pretrained(tmp_path)) == pytest.approx(saved[1], rel=1e-5)
+
+
 class Uploads:
     """Stands in for the Hub: remembers the card of every folder that would go up."""
 

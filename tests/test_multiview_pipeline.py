@@ -12,6 +12,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     UniPCMultistepScheduler,
 )
 from PIL import Image
@@ -111,7 +112,8 @@ def test_call_signature():
     names = list(inspect.signature(MultiViewTilePipeline.__call__).parameters)
     expected = """self image prompt negative_prompt num_inference_steps guidance_scale num_images_per_prompt height width
         generator latents control_image output_type return_dict callback_on_step_end callback_on_step_end_tensor_inputs
-        cross_attention_kwargs"""
+        cross_attention_kwargs controlnet_conditioning_scale control_guidance_start control_guidance_end guidance_interval
+        transparent"""
     assert names == expected.split()
 
 
@@ -228,7 +230,15 @@ def test_generator_decides_every_draw(pipe, images):
 
 @pytest.mark.parametrize(
     "scheduler",
-    [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler],
+    [
+        DDIMScheduler,
+        DDPMScheduler,
+        DPMSolverMultistepScheduler,
+        EulerAncestralDiscreteScheduler,
+        EulerDiscreteScheduler,
+        LCMScheduler,
+        UniPCMultistepScheduler,
+    ],
 )
 def test_scheduler_swap_takes_effect_at_once(pipe, images, scheduler):
     """Oracle: after a call, a swapped scheduler gives what a fresh pipeline with that scheduler gives."""
@@ -263,6 +273,36 @@ def test_guidance_of_one_runs_no_second_branch(pipe, images):
     latent(pipe, images[0], guidance_scale=1.5)
     hook.remove()
     assert set(batches) == {2}
+
+
+def test_guidance_interval(pipe, images):
+    """Oracle: the second branch runs in the steps of the interval only; all steps are the default, none is guidance of one."""
+    batches = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    middle = latent(pipe, images[0], num_inference_steps=4, guidance_interval=(0.25, 0.75))
+    hook.remove()
+    assert batches == [1, 1, 2, 2, 2, 2, 1, 1]  # a write and a read a step
+    whole = latent(pipe, images[0], num_inference_steps=4)
+    assert not torch.allclose(middle, whole, atol=1e-4)
+    assert torch.equal(whole, latent(pipe, images[0], num_inference_steps=4, guidance_interval=(0.0, 1.0)))
+    none = latent(pipe, images[0], num_inference_steps=4, guidance_interval=(0.5, 0.5))
+    assert torch.equal(none, latent(pipe, images[0], num_inference_steps=4, guidance_scale=1.0))
+
+
+def test_text_and_pictures_are_encoded_once(pipe, images):
+    """However many tiles and branches: equal texts once, and the grey reference once."""
+    seen = {"text_encoder": [], "vision_encoder": [], "vae.encoder": []}
+    hooks = [
+        pipe.components[name.split(".")[0]]
+        .get_submodule(name.partition(".")[2])
+        .register_forward_pre_hook(lambda module, args, kwargs, name=name: seen[name].append(len((*args, *kwargs.values())[0])),
+                                   with_kwargs=True)
+        for name in seen
+    ]  # fmt: skip
+    latent(pipe, images, num_images_per_prompt=2, num_inference_steps=3, guidance_scale=3.0)
+    for hook in hooks:
+        hook.remove()
+    assert seen == {"text_encoder": [1], "vision_encoder": [2], "vae.encoder": [3]}
 
 
 def test_call_without_numbers_uses_the_defaults_of_the_checkpoint(images):
@@ -321,6 +361,25 @@ def test_output_types_agree(pipe, images):
     assert [len(views) for views in outs["pil"].views] == [6, 6] and outs["pil"].views[0][0].size == (16, 16)
 
 
+@pytest.mark.parametrize("color", ["white", "grey"])
+def test_transparent_views_keep_the_object(pipe, images, color, monkeypatch):
+    """Oracle: a shaded ball on the tile's grey, white or of greys about the background's own, comes back whole and alone; the
+    tile stays opaque."""
+    y, x = np.mgrid[-1:1:64j, -1:1:64j]
+    inside = x**2 + y**2 < 0.6**2
+    light = np.sqrt(np.clip(1 - x**2 - y**2, 0, 1)) + 0.2 * x
+    value = np.full(x.shape, 255.0) if color == "white" else 60 + 130 * light * (1 - 0.5 * (x > 0.2))
+    view = np.where(inside[..., None], value.clip(0, 255)[..., None].repeat(3, -1), 127) / 127.5 - 1
+    tile = torch.from_numpy(np.tile(view, (3, 2, 1))).permute(2, 0, 1)[None].float()
+    monkeypatch.setattr(pipe, "decode_latents", lambda latents: tile)
+    out = pipe(images[0], height=192, width=128, transparent=True, num_inference_steps=1, generator=seed())
+    assert out.images[0].mode == "RGB" and out.images[0].size == (128, 192)
+    for cut in out.views[0]:
+        assert cut.mode == "RGBA"
+        alpha = np.asarray(cut)[..., 3] > 127
+        assert (alpha & inside).sum() / (alpha | inside).sum() > 0.97
+
+
 def test_height_and_width_are_of_the_tile(pipe, images):
     assert pipe(images[0], height=24, width=16, generator=seed()).images[0].size == (16, 24)
 
@@ -338,6 +397,10 @@ def test_height_and_width_are_of_the_tile(pipe, images):
         ({"latents": torch.zeros(1, 4, 2, 2)}, "shape"),
         ({"generator": [torch.Generator()] * 3}, "one a tile"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "expected some of"),
+        ({"num_inference_steps": 0}, "at least 1"),
+        ({"num_images_per_prompt": 0}, "at least 1"),
+        ({"guidance_interval": (0.8, 0.2)}, "fractions"),
+        ({"transparent": True, "output_type": "np"}, "output_type='pil'"),
     ],
 )
 def test_unusable_input_is_refused_with_what_to_do(pipe, images, arguments, message):
@@ -362,6 +425,27 @@ def test_reference_attention_is_attention_over_both_token_sets(pipe):
             other = passes.read(sample, timestep, context)
     torch.testing.assert_close(same, plain, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(other, plain, atol=1e-4)
+
+
+def test_write_pass_stops_where_nothing_is_read_any_more(pipe):
+    """Oracle: a write pass that runs to its end keeps the same tokens to the last bit; the shorter one never reaches the UNet's
+    last layer, nor the feed-forward after the last self-attention."""
+    sample, timestep = torch.randn(1, 4, 8, 8, generator=seed()), torch.tensor([5])
+    context = torch.randn(1, 8, 16, generator=seed())
+    late = [pipe.unet.conv_out, pipe.unet.up_blocks[-1].attentions[-1].transformer_blocks[-1].ff]
+    reached = []
+    hooks = [module.register_forward_hook(lambda module, *_: reached.append(module)) for module in late]
+    with torch.no_grad(), reference_attention(pipe.unet) as passes:
+        passes.write(sample, timestep, context)
+        assert not reached
+        short = dict(passes.tokens)
+        passes._layers = -1  # never counts as done
+        passes.write(sample, timestep, context)
+        assert len(reached) == 2
+        assert list(short) == list(passes.tokens)
+        assert all(torch.equal(short[name], tokens) for name, tokens in passes.tokens.items())
+    for hook in hooks:
+        hook.remove()
 
 
 def test_gradients_reach_the_reference(pipe):

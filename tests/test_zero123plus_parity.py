@@ -17,7 +17,7 @@ from one2345pp.pipelines.pipeline_multiview_tile import MultiViewTilePipeline
 
 VECTORS = Path(__file__).parents[2] / "shared" / "vectors" / "zero123plus"
 pytestmark = pytest.mark.skipif(not VECTORS.exists(), reason=f"the test vectors are not at {VECTORS}")
-CASES = ["rgba_cfg4_ddim", "rgb_cfg1_ddim", "rgba_cfg4_eulera"]
+CASES = ["rgba_cfg4_ddim", "rgb_cfg1_ddim", "rgba_cfg4_eulera", "rgba_cfg4_ddim_controlnet"]
 
 
 @pytest.fixture
@@ -43,6 +43,10 @@ def test_pipeline_computes_what_zero123plus_computes(name, no_noise):
     call = {key: case[key] for key in ("num_inference_steps", "guidance_scale", "width", "height")}
     call["latents"] = torch.from_numpy(np.load(VECTORS / "latents.npy"))
     image = Image.open(VECTORS / case["input"])
+    if case["controlnet"]:
+        folder, control, call["controlnet_conditioning_scale"] = case["controlnet"]
+        pipe.register_modules(controlnet=diffusers.ControlNetModel.from_pretrained(VECTORS / folder))
+        call["control_image"] = Image.open(VECTORS / control)
 
     np.testing.assert_allclose(pipe(image, **call, output_type="latent").images, expected["latent"], atol=5e-4)
     np.testing.assert_allclose(pipe(image, **call, output_type="np").images, expected["np"], atol=1e-3)

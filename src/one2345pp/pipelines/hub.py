@@ -7,6 +7,7 @@ trust_remote_code=True)` executes. Our own classes need none of that: they look 
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
 from pathlib import Path
@@ -70,9 +71,12 @@ class SelfContainedMixin:
         """As `ConfigMixin.load_config`, with this package's components pointed at this module instead of at the folder's shims."""
         outputs = super().load_config(pretrained_model_name_or_path, **kwargs)
         config = outputs[0] if isinstance(outputs, tuple) else outputs
-        for name, entry in config.items():
+        known = inspect.signature(cls.__init__).parameters
+        for name, entry in list(config.items()):
             if isinstance(entry, list) and len(entry) == 2 and _is_public(*entry):
                 config[name] = [__name__, entry[1]]
+            elif entry == [None, None] and name not in known:  # nothing, for another class: Zero123++'s safety_checker
+                del config[name]
         return outputs
 
     @classmethod
@@ -94,7 +98,11 @@ class SelfContainedMixin:
         """As `DiffusionPipeline.save_pretrained`, and the folder can be loaded by `DiffusionPipeline.from_pretrained`.
 
         A `README.md` in the folder stays as it is, also on the Hub with `push_to_hub=True`.
+
+        Raises:
+            InputError: If LoRA weights are loaded: the folder would be without the weights below them.
         """
+        _refuse_adapters(self)
         folder = Path(save_directory)
         hub_names = ("repo_id", "commit_message", "private", "token", "create_pr")
         hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
@@ -139,7 +147,11 @@ class SelfContainedMixin:
             if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
                 continue
             module, class_name = entry
-            _forget_origin(folder / name / "config.json")
+            for config in (
+                folder / name / "config.json",
+                *folder.glob(f"{name}_[1-9]/config.json"),
+            ):  # several ControlNets
+                _forget_origin(config)
             for stale in (folder / name).glob(f"{PACKAGE}.*.py"):
                 stale.unlink()
             if _is_public(module, class_name):
@@ -158,6 +170,17 @@ class SelfContainedMixin:
             )
             (folder / "pipeline.py").write_text(shim, encoding="utf-8")
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _refuse_adapters(pipeline: DiffusionPipeline) -> None:
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module) and any(
+            type(module).__module__.startswith("peft.") for module in component.modules()
+        ):
+            raise InputError(
+                f"{name}: has LoRA weights, which a saved pipeline cannot hold. Call unload_lora_weights() first, after fuse_lora() "
+                "to keep their effect; save_lora_weights() saves them alone."
+            )
 
 
 def _forget_origin(config_path: Path) -> None:

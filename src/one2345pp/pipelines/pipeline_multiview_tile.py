@@ -1,6 +1,6 @@
 """Stage 1: one image to a tile of six views, the algorithm of Zero123++ on stock diffusers components.
 
-Framing the object, cutting backgrounds and training live elsewhere.
+Checking what a call is given, the layout of tiles, cutting backgrounds and training live elsewhere.
 """
 
 # B images, n tiles an image, c latent channels, h w latent grid, L text tokens, D width of the text context
@@ -11,49 +11,49 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, MultiControlNetModel, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import USE_PEFT_BACKEND
+from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from ..errors import InputError
-from ..models.attention_reference import reference_attention
+from ..models.attention_reference import ReferenceAttention, reference_attention
+from . import multiview_inputs
+from .control import Control
 from .hub import SelfContainedMixin
+from .multiview_inputs import within
 from .pipeline_output import MultiViewTilePipelineOutput
+from .preprocess import key_background
+from .tiles import (
+    BACKGROUND,
+    COLUMNS,
+    IMAGE_SCALE,
+    ROWS,
+    composite_on_grey,
+    scale_latents,
+    split_views,
+    unscale_latents,
+)
 
 
-ROWS, COLUMNS = 3, 2
-BACKGROUND = (127, 127, 127)
-# Targets of the diffusion are images times 0.5 / 0.8 and latents moved to the statistics of natural images (Zero123++ code).
-IMAGE_SCALE = 0.5 / 0.8
-LATENT_SCALE, LATENT_SHIFT = 0.75, 0.22
-
-
-def scale_latents(latents: Tensor) -> Tensor:
-    """Latents of the VAE (times its scaling factor) to what the UNet learns."""
-    return (latents - LATENT_SHIFT) * LATENT_SCALE
-
-
-def unscale_latents(latents: Tensor) -> Tensor:
-    """Inverse of `scale_latents`."""
-    return latents / LATENT_SCALE + LATENT_SHIFT
-
-
-def composite_on_grey(image: Image.Image) -> Image.Image:
-    """RGB picture with what is transparent replaced by grey 127; opaque pictures pass unchanged."""
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    flat = Image.new("RGB", image.size, BACKGROUND)
-    flat.paste(image, mask=image.getchannel("A"))
-    return flat
+__all__ = [
+    "BACKGROUND",
+    "COLUMNS",
+    "IMAGE_SCALE",
+    "ROWS",
+    "MultiViewTilePipeline",
+    "composite_on_grey",
+    "scale_latents",
+    "unscale_latents",
+]
 
 
 class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
@@ -70,6 +70,7 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
         vision_encoder ([`~transformers.CLIPVisionModelWithProjection`]): Global feature of the input image.
         feature_extractor_clip ([`~transformers.CLIPImageProcessor`]): Pixels for the vision encoder.
         feature_extractor_vae ([`~transformers.CLIPImageProcessor`]): Pixels for the reference latent.
+        controlnet ([`ControlNetModel`], [`MultiControlNetModel`] or a list, *optional*): Steers the tile by control pictures.
         ramping_coefficients (`list[float]`, *optional*): Share of the image feature in each text token, `L` numbers;
             `i / L` when not given (FlexDiffuse).
         view_size (`int`, defaults to 320): Side of a view in pixels.
@@ -81,7 +82,8 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
             call does not say.
     """
 
-    model_cpu_offload_seq = "text_encoder->vision_encoder->unet->vae"
+    model_cpu_offload_seq = "text_encoder->vision_encoder->unet->vae"  # a ControlNet works between the unet's passes
+    _optional_components = ["controlnet"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "reference_latents"]
 
     def __init__(
@@ -94,6 +96,7 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
         vision_encoder: CLIPVisionModelWithProjection,
         feature_extractor_clip: CLIPImageProcessor,
         feature_extractor_vae: CLIPImageProcessor,
+        controlnet: ControlNetModel | MultiControlNetModel | list | tuple | None = None,
         ramping_coefficients: list | None = None,
         view_size: int = 320,
         rig: str = "zero123plus-v1.2",
@@ -112,6 +115,7 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
             vision_encoder=vision_encoder,
             feature_extractor_clip=feature_extractor_clip,
             feature_extractor_vae=feature_extractor_vae,
+            controlnet=MultiControlNetModel(controlnet) if isinstance(controlnet, list | tuple) else controlnet,
         )
         self.register_to_config(
             ramping_coefficients=ramping_coefficients,
@@ -133,7 +137,8 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
+        """Whether any step has a second branch."""
+        return any(self._guided_steps)
 
     @property
     def num_timesteps(self) -> int:
@@ -145,46 +150,24 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
 
     # --- steps of a call, in order ------------------------------------------------------------------------------
 
-    def check_inputs(
-        self, images, prompts, negative_prompts, height, width, latents, control_image, output_type, tensor_inputs
-    ) -> None:
-        """Raise `InputError` for anything the call could not use."""
-        if control_image is not None:
-            raise InputError("control_image: this pipeline has no ControlNet. Leave control_image out.")
-        if not images or not all(isinstance(image, Image.Image) for image in images):
-            kinds = ", ".join(sorted({type(image).__name__ for image in images})) or "nothing"
-            raise InputError(
-                f"image: got {kinds}, expected a PIL image or a list of PIL images. Open files with PIL.Image.open."
-            )
-        for name, texts in (("prompt", prompts), ("negative_prompt", negative_prompts)):
-            if len(texts) != len(images) or not all(isinstance(text, str) for text in texts):
-                raise InputError(
-                    f"{name}: got {texts!r}, expected one string, or a list of {len(images)}, one an image."
-                )
-        for name, value, parts in (("height", height, ROWS), ("width", width, COLUMNS)):
-            if value <= 0 or value % parts or value % self.vae_scale_factor:
-                raise InputError(
-                    f"{name}: got {value}, expected a multiple of {parts} (views) and of {self.vae_scale_factor} (VAE). "
-                    f"{ROWS * self.config.view_size} high and {COLUMNS * self.config.view_size} wide is what the weights know."
-                )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise InputError(f"output_type: got {output_type!r}, expected 'pil', 'np', 'pt' or 'latent'.")
-        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise InputError(
-                f"callback_on_step_end_tensor_inputs: got {unknown}, expected some of {self._callback_tensor_inputs}."
-            )
-
-    def encode_prompt(self, prompts: list[str]) -> Tensor:
-        """Text context of `B` prompts, `[B, L, D]`."""
+    def encode_prompt(self, prompts: list[str], lora_scale: float = 1.0) -> Tensor:
+        """Text context of `B` prompts, `[B, L, D]`. Equal prompts are encoded once."""
+        texts = list(dict.fromkeys(prompts))
         tokens = self.tokenizer(
-            prompts,
+            texts,
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         )
-        return self.text_encoder(tokens.input_ids.to(self._execution_device))[0]
+        if USE_PEFT_BACKEND:
+            scale_lora_layers(self.text_encoder, lora_scale)
+        try:
+            context = self.text_encoder(tokens.input_ids.to(self._execution_device))[0]
+        finally:
+            if USE_PEFT_BACKEND:
+                unscale_lora_layers(self.text_encoder, lora_scale)
+        return context[[texts.index(prompt) for prompt in prompts]]
 
     def encode_image(self, images: list[Image.Image]) -> Tensor:
         """Global features of `B` opaque RGB images, `[B, 1, D]`."""
@@ -200,16 +183,19 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
             raise InputError(f"ramping_coefficients: got {len(values)} numbers, expected {length}, one a text token.")
         return torch.tensor(values)[:, None]
 
-    def prepare_context(self, images, prompts, negative_prompts, num_images_per_prompt: int) -> Tensor:
+    def prepare_context(
+        self, images, prompts, negative_prompts, num_images_per_prompt: int, lora_scale: float = 1.0
+    ) -> Tensor:
         """Cross-attention context of every branch: text plus ramp times image feature; plain text in the negative one.
 
         Returns:
             `[B * n, L, D]`, or `[2 * B * n, L, D]` (negative first) with guidance.
         """
-        text = self.encode_prompt(prompts)
-        context = text + self.ramp(text.shape[1]).to(text) * self.encode_image(images).to(text)
-        branches = [self.encode_prompt(negative_prompts), context] if self.do_classifier_free_guidance else [context]
-        return torch.cat([branch.repeat_interleave(num_images_per_prompt, 0) for branch in branches])
+        negative = negative_prompts if self.do_classifier_free_guidance else []
+        context = self.encode_prompt([*negative, *prompts], lora_scale)
+        ramped = self.ramp(context.shape[1]).to(context) * self.encode_image(images).to(context)
+        context = torch.cat([context[: len(negative)], context[len(negative) :] + ramped])
+        return context.repeat_interleave(num_images_per_prompt, 0)
 
     def prepare_reference(self, images: list[Image.Image], num_images_per_prompt: int, generator) -> Tensor:
         """Latents that the tile attends to, of every branch; the negative one is the latent of a grey image.
@@ -221,58 +207,68 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
         """
         pixels = self.feature_extractor_vae(images, return_tensors="pt").pixel_values
         pixels = pixels.to(self._execution_device, self.vae.dtype)
-        branches = [pixels]
-        if self.do_classifier_free_guidance:
-            branches = [torch.zeros_like(pixels), pixels]
-        return torch.cat([self._sample_posterior(branch, num_images_per_prompt, generator) for branch in branches])
-
-    def _sample_posterior(self, pixels: Tensor, repeats: int, generator) -> Tensor:
+        if not self.do_classifier_free_guidance:
+            branches = [self.vae.encode(pixels).latent_dist.parameters]
+        else:
+            moments = self.vae.encode(torch.cat([torch.zeros_like(pixels[:1]), pixels])).latent_dist.parameters
+            branches = [moments[:1].expand(len(images), -1, -1, -1), moments[1:]]
         # Repeated before the draw, so that a list of generators holds one a tile.
-        moments = self.vae.encode(pixels).latent_dist.parameters.repeat_interleave(repeats, 0)
-        return DiagonalGaussianDistribution(moments).sample(generator)
+        repeated = [branch.repeat_interleave(num_images_per_prompt, 0) for branch in branches]
+        return torch.cat([DiagonalGaussianDistribution(branch).sample(generator) for branch in repeated])
+
+    def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
+        return batch, self.unet.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
     def prepare_latents(self, batch: int, height: int, width: int, dtype, generator, latents: Tensor | None) -> Tensor:
         """First latents, `[B * n, c, height / f, width / f]`, at the scheduler's first noise level."""
-        factor = self.vae_scale_factor
-        shape = (batch, self.unet.config.in_channels, height // factor, width // factor)
-        if isinstance(generator, list) and len(generator) != batch:
-            raise InputError(f"generator: got {len(generator)}, expected one, or a list of {batch}, one a tile.")
+        shape = self.latent_shape(batch, height, width)
+        multiview_inputs.check_noise(latents, shape, generator)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
-        elif tuple(latents.shape) != shape:
-            raise InputError(f"latents: got shape {tuple(latents.shape)}, expected {shape}.")
         return latents.to(self._execution_device, dtype) * self.scheduler.init_noise_sigma
 
-    def noise_reference(self, reference: Tensor, timestep: Tensor, generator) -> Tensor:
+    def noise_reference(self, reference: Tensor, timestep: Tensor, generator, branches: int = 1) -> Tensor:
         """The reference at the noise level of this step, scaled as the UNet expects, with fresh noise for each branch."""
-        branches = reference.chunk(2) if self.do_classifier_free_guidance else [reference]
         noise = torch.cat(
-            [randn_tensor(b.shape, generator=generator, device=b.device, dtype=b.dtype) for b in branches]
+            [
+                randn_tensor(branch.shape, generator=generator, device=branch.device, dtype=branch.dtype)
+                for branch in reference.chunk(branches)
+            ]
         )
         noised = self.scheduler.add_noise(reference, noise, timestep.expand(len(reference)))
         return self.scheduler.scale_model_input(noised, timestep)
+
+    def predict(
+        self,
+        passes: ReferenceAttention,
+        latents: Tensor,
+        step: int,
+        context: Tensor,
+        reference: Tensor,
+        generator,
+        control: Control,
+        **kwargs,
+    ) -> Tensor:
+        """The UNet's prediction at a step, `[B * n, c, h, w]`; guided if `context` and `reference` have two branches."""
+        timestep = self.scheduler.timesteps[step]
+        branches = len(context) // len(latents)
+        sample = self.scheduler.scale_model_input(torch.cat([latents] * branches), timestep)
+        if not self.config.clean_reference:
+            passes.write(self.noise_reference(reference, timestep, generator, branches), timestep, context, **kwargs)
+        elif passes.samples != len(context):  # at the first step, and where guidance begins or ends
+            passes.write(reference, torch.zeros_like(timestep), context, **kwargs)
+        residuals = control.residuals(sample, timestep, context, step, self.num_timesteps)
+        prediction = passes.read(sample, timestep, context, **kwargs, **residuals)
+        if branches == 1:
+            return prediction
+        negative, positive = prediction.chunk(2)
+        return negative + self.guidance_scale * (positive - negative)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """VAE latents (times the scaling factor) to pixels in [-1, 1], `[B * n, 3, height, width]`."""
         return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0] / IMAGE_SCALE
 
-    @staticmethod
-    def split_views(tiles: list[Image.Image] | np.ndarray | Tensor):
-        """Cut tiles into views: lists of six PIL images, `[B, 6, h, w, 3]` (array) or `[B, 6, 3, h, w]` (tensor)."""
-        if isinstance(tiles, torch.Tensor):
-            return tiles.unflatten(3, (COLUMNS, -1)).unflatten(2, (ROWS, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-        if isinstance(tiles, np.ndarray):
-            batch, height, width, channels = tiles.shape
-            cells = tiles.reshape(batch, ROWS, height // ROWS, COLUMNS, width // COLUMNS, channels)
-            return cells.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, *cells.shape[2:3], *cells.shape[4:])
-        return [
-            [
-                tile.crop((x, y, x + tile.width // COLUMNS, y + tile.height // ROWS))
-                for y in range(0, tile.height, tile.height // ROWS)
-                for x in range(0, tile.width, tile.width // COLUMNS)
-            ]
-            for tile in tiles
-        ]
+    split_views = staticmethod(split_views)
 
     @torch.no_grad()
     def __call__(
@@ -287,12 +283,17 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
         width: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        control_image: Image.Image | None = None,
+        control_image: Image.Image | list | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        controlnet_conditioning_scale: float | list[float] = 1.0,
+        control_guidance_start: float | list[float] = 0.0,
+        control_guidance_end: float | list[float] = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        transparent: bool = False,
     ) -> MultiViewTilePipelineOutput | tuple:
         r"""Draw the six views of the object in each image.
 
@@ -306,12 +307,18 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
             height, width (`int`, *optional*): Size of the tile in pixels, `3 * view_size` by `2 * view_size` by default.
             generator (`torch.Generator` or a list, *optional*): Source of every random draw; a list has one a tile.
             latents (`torch.Tensor`, *optional*): Unit noise to start from, `[B * n, c, h, w]`.
-            control_image: Not supported without a ControlNet.
+            control_image (`PIL.Image.Image` or a list, *optional*): A tile of 3 rows and 2 columns for the ControlNet, or one an
+                image; for several ControlNets a list with that of each. Without it the ControlNet rests.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (NHWC), `"pt"` (NCHW), both in [0, 1], or `"latent"`.
             return_dict (`bool`, defaults to `True`): Return an output class instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)` after each step.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Tensors for the callback, `["latents"]` by default.
             cross_attention_kwargs (`dict`, *optional*): For the attention processors; `scale` is that of a LoRA.
+            controlnet_conditioning_scale (`float` or a list, defaults to 1.0): Weight of the ControlNet, or of each.
+            control_guidance_start, control_guidance_end (`float` or lists): Share of the steps in which it acts.
+            guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Share of the steps in which guidance acts; the
+                others run no second branch.
+            transparent (`bool`, defaults to `False`): Cut the views out of their grey (`RGBA`); the tiles stay as drawn.
 
         Returns:
             [`MultiViewTilePipelineOutput`]: tiles in `images`, their views in `views`.
@@ -319,56 +326,76 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
         # 1. Check inputs
         config = self.config
         images = list(image) if isinstance(image, list | tuple) else [image]
-        prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
+        number, batch = len(images), len(images) * num_images_per_prompt
+        prompts = [prompt] * number if isinstance(prompt, str) else prompt
         negative_prompt = "" if negative_prompt is None else negative_prompt
-        negative_prompts = [negative_prompt] * len(images) if isinstance(negative_prompt, str) else negative_prompt
-        height, width = height or ROWS * config.view_size, width or COLUMNS * config.view_size
-        tensor_inputs = (
-            ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        negative_prompts = [negative_prompt] * number if isinstance(negative_prompt, str) else negative_prompt
+        height = ROWS * config.view_size if height is None else height
+        width = COLUMNS * config.view_size if width is None else width
+        if num_inference_steps is None:
+            num_inference_steps = config.default_num_inference_steps
+        names = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        multiview_inputs.check_images(images)
+        multiview_inputs.check_counts(
+            num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt
         )
-        self.check_inputs(
-            images, prompts, negative_prompts, height, width, latents, control_image, output_type, tensor_inputs
+        multiview_inputs.check_texts(number, prompt=prompts, negative_prompt=negative_prompts)
+        multiview_inputs.check_size(height, width, config.view_size, self.vae_scale_factor)
+        multiview_inputs.check_noise(latents, self.latent_shape(batch, height, width), generator)
+        multiview_inputs.check_output(output_type, transparent)
+        multiview_inputs.check_tensor_inputs(names, self._callback_tensor_inputs)
+        multiview_inputs.check_share("guidance_interval", *guidance_interval)
+        control = Control.of(
+            self.controlnet,
+            control_image,
+            number,
+            height,
+            width,
+            controlnet_conditioning_scale,
+            control_guidance_start,
+            control_guidance_end,
         )
         self._guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
         self._interrupt = False
 
-        # 2. Encode the condition
+        # 2. Timesteps
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        timesteps = self.scheduler.timesteps
+        steps = self._num_timesteps = len(timesteps)
+        self._guided_steps = [
+            self._guidance_scale > 1 and within(step, steps, *guidance_interval) for step in range(steps)
+        ]
+
+        # 3. Encode the condition
         images = [composite_on_grey(image) for image in images]
-        prompt_embeds = self.prepare_context(images, prompts, negative_prompts, num_images_per_prompt)
+        lora_scale = (cross_attention_kwargs or {}).get("scale", 1.0)
+        prompt_embeds = self.prepare_context(images, prompts, negative_prompts, num_images_per_prompt, lora_scale)
         reference_latents = self.prepare_reference(images, num_images_per_prompt, generator).to(prompt_embeds.dtype)
 
-        # 3. Timesteps
-        self.scheduler.set_timesteps(
-            num_inference_steps or config.default_num_inference_steps, device=self._execution_device
-        )
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
-
-        # 4. Initial latents
-        batch = len(images) * num_images_per_prompt
+        # 4. Initial latents, and control pictures for them
         latents = self.prepare_latents(batch, height, width, prompt_embeds.dtype, generator, latents)
+        control.prepare(latents, num_images_per_prompt)
 
         # 5. Denoise
         step_kwargs = (
             {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         )
-        kwargs = {"cross_attention_kwargs": cross_attention_kwargs}
         tile = (ROWS, COLUMNS) if self.config.tile_positions else None
-        with reference_attention(self.unet, tile) as passes, self.progress_bar(total=len(timesteps)) as progress:
+        with reference_attention(self.unet, tile) as passes, self.progress_bar(total=steps) as progress:
             for step, timestep in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                sample = torch.cat([latents, latents]) if self.do_classifier_free_guidance else latents
-                sample = self.scheduler.scale_model_input(sample, timestep)
-                if not self.config.clean_reference:
-                    reference = self.noise_reference(reference_latents, timestep, generator)
-                    passes.write(reference, timestep, prompt_embeds, **kwargs)
-                elif step == 0:
-                    passes.write(reference_latents, torch.zeros_like(timestep), prompt_embeds, **kwargs)
-                prediction = passes.read(sample, timestep, prompt_embeds, **kwargs)
-                if self.do_classifier_free_guidance:
-                    negative, positive = prediction.chunk(2)
-                    prediction = negative + self.guidance_scale * (positive - negative)
+                branches = slice(None) if self._guided_steps[step] else slice(-batch, None)  # the negative one is first
+                prediction = self.predict(
+                    passes,
+                    latents,
+                    step,
+                    prompt_embeds[branches],
+                    reference_latents[branches],
+                    generator,
+                    control,
+                    cross_attention_kwargs=cross_attention_kwargs,
+                )
                 latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
@@ -377,13 +404,12 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
                         "prompt_embeds": prompt_embeds,
                         "reference_latents": reference_latents,
                     }
-                    changed = (
-                        callback_on_step_end(self, step, timestep, {name: tensors[name] for name in tensor_inputs})
-                        or {}
-                    )
+                    changed = callback_on_step_end(self, step, timestep, {name: tensors[name] for name in names}) or {}
                     latents = changed.get("latents", latents)
                     prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
                     reference_latents = changed.get("reference_latents", reference_latents)
+                    if not {"prompt_embeds", "reference_latents"}.isdisjoint(changed):
+                        passes.tokens.clear()  # read the reference anew
                 progress.update()
 
         # 6. Decode
@@ -393,5 +419,7 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
         else:
             tiles = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
             views = self.split_views(tiles)
+        if transparent:
+            views = [[key_background(view) for view in six] for six in views]
         self.maybe_free_model_hooks()
         return MultiViewTilePipelineOutput(tiles, views) if return_dict else (tiles, views)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, MultiControlNetModel, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
@@ -35,6 +36,7 @@ MULTIVIEW_COMPONENTS = (
     "vision_encoder",
     "feature_extractor_clip",
     "feature_extractor_vae",
+    "controlnet",
 )
 VOLUME_COMPONENTS = (
     "occupancy_condition",
@@ -49,17 +51,19 @@ VOLUME_COMPONENTS = (
 )
 
 
-class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline):
+class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     r"""Image or prompt to a textured mesh, the whole of One-2-3-45++.
 
     The components of the stages lie flat beside each other. The stages themselves, `multiview`, `volume` and `texture`, are
     built from the current components whenever they are asked for, so a scheduler or model that is swapped here is used at once.
+    LoRA weights are those of the views' UNet and text encoder.
 
     Args:
         vae, text_encoder, tokenizer, unet, scheduler, vision_encoder, feature_extractor_clip, feature_extractor_vae:
             Components of [`MultiViewTilePipeline`]. The vision encoder also serves the volume stage.
         occupancy_condition, occupancy_unet, occupancy_scheduler, sparse_condition, sparse_unet, sparse_scheduler:
             Components of [`SparseVolumeDiffusionPipeline`].
+        controlnet ([`ControlNetModel`], [`MultiControlNetModel`] or a list, *optional*): Steers the views by control pictures.
         patch_encoder (*optional*): Image features for the volume stage, if its weights were trained with them.
         multiview_config, volume_config, texture_config (`dict`, *optional*): The scalar arguments of the stages.
     """
@@ -68,7 +72,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline):
         "text_encoder->vision_encoder->unet->vae->patch_encoder"
         "->occupancy_condition->occupancy_unet->sparse_condition->sparse_unet"
     )
-    _optional_components = ["patch_encoder"]
+    _optional_components = ["controlnet", "patch_encoder"]
 
     def __init__(
         self,
@@ -86,6 +90,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline):
         sparse_condition: ConditionEncoder,
         sparse_unet: SparseUNet3DModel,
         sparse_scheduler: KarrasDiffusionSchedulers,
+        controlnet: ControlNetModel | MultiControlNetModel | list | tuple | None = None,
         patch_encoder: torch.nn.Module | None = None,
         multiview_config: dict | None = None,
         volume_config: dict | None = None,
@@ -107,6 +112,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline):
             sparse_condition=sparse_condition,
             sparse_unet=sparse_unet,
             sparse_scheduler=sparse_scheduler,
+            controlnet=MultiControlNetModel(controlnet) if isinstance(controlnet, list | tuple) else controlnet,
             patch_encoder=patch_encoder,
         )
         self.register_to_config(
@@ -209,6 +215,9 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        control_image: Image.Image | list | None = None,
+        controlnet_conditioning_scale: float | list[float] = 1.0,
+        cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> One2345PlusPlusPipelineOutput | tuple:
         r"""Make a textured mesh of the object in each image, or of each prompt.
 
@@ -226,6 +235,10 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline):
             return_dict (`bool`, defaults to `True`): Return an output class instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(stage, step, timestep, tensors)` in every
                 diffusion step of the views and of the volume.
+            control_image (`PIL.Image.Image` or a list, *optional*): Tile for the ControlNet, the same for every object; for
+                several ControlNets a list with that of each.
+            controlnet_conditioning_scale (`float` or a list, defaults to 1.0): Weight of the ControlNet, or of each.
+            cross_attention_kwargs (`dict`, *optional*): For the attention of the views; `scale` is that of a LoRA.
 
         Returns:
             [`One2345PlusPlusPipelineOutput`]: `meshes`, `views`, `volumes`, `coarse_meshes`, one an object.
@@ -263,6 +276,9 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline):
                 guidance_scale=guidance_scale,
                 generator=one,
                 callback_on_step_end=callback_on_step_end,
+                control_image=control_image,
+                controlnet_conditioning_scale=controlnet_conditioning_scale,
+                cross_attention_kwargs=cross_attention_kwargs,
             ).views[0]
             for picture, one in zip(images, generators, strict=True)
         ]

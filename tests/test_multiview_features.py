@@ -1,0 +1,150 @@
+"""What diffusers offers around a pipeline, on stage 1: it works, or it is refused. The table: docs/multiview.md."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import multiview_components
+from PIL import Image
+
+from one2345pp import InputError, MultiViewTilePipeline, One2345PlusPlusPipeline
+
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="offloading moves models to a GPU, and there is none"
+)
+
+
+@pytest.fixture(scope="module")
+def components():
+    return multiview_components()
+
+
+@pytest.fixture
+def pipe(components):
+    pipe = MultiViewTilePipeline(**copy.deepcopy(components), view_size=16, default_num_inference_steps=2)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe) -> torch.Tensor:
+    images = [PICTURE, PICTURE.rotate(90)]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    return pipe(images, generator=generators, output_type="pt", guidance_scale=2.0).images.cpu()
+
+
+@pytest.fixture(scope="module")
+def base(components) -> torch.Tensor:
+    pipe = MultiViewTilePipeline(**copy.deepcopy(components), view_size=16, default_num_inference_steps=2)
+    pipe.set_progress_bar_config(disable=True)
+    return draw(pipe)
+
+
+CHANGES_NOTHING = {
+    "vae slicing": lambda pipe: pipe.vae.enable_slicing(),
+    "attention slicing": lambda pipe: pipe.enable_attention_slicing(1),
+    "attention backend": lambda pipe: pipe.unet.set_attention_backend("native"),
+    "group offload": lambda pipe: pipe.unet.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    ),
+    "channels last": lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("feature", CHANGES_NOTHING)
+def test_changes_nothing(pipe, base, feature):
+    """Oracle: the tiles of the plain pipeline, of a batch with guidance."""
+    CHANGES_NOTHING[feature](pipe)
+    torch.testing.assert_close(draw(pipe), base, atol=1e-4, rtol=1e-4)
+
+
+def test_vae_tiling(pipe, base):
+    """Oracle: tiles larger than the picture change nothing; smaller ones are used for the input and the output."""
+    pipe.vae.enable_tiling()
+    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 64, 32
+    torch.testing.assert_close(draw(pipe), base, atol=1e-5, rtol=1e-5)
+    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 8, 4
+    tiled = draw(pipe)
+    assert tiled.shape == base.shape and tiled.isfinite().all() and not torch.equal(tiled, base)
+
+
+def test_layerwise_casting(pipe, base):
+    """Weights in 8 bits, computed in 32: near the tile, not equal to it."""
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    tile = draw(pipe)
+    assert not torch.equal(tile, base) and (tile - base).abs().mean() < 0.05
+
+
+@pytest.mark.slow
+def test_compiled_unet_is_compiled_once(pipe, base):
+    """Oracle: the same tiles from one graph for each pass, whole, and none anew in the next call."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pipe.unet.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(draw(pipe), base, atol=1e-4, rtol=1e-4)
+    draw(pipe)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_fused_projections_are_refused(pipe, base):
+    """With what to call; after that, all is as before."""
+    pipe.unet.fuse_qkv_projections()
+    with pytest.raises(InputError, match="unfuse_qkv_projections"):
+        draw(pipe)
+    pipe.unet.unfuse_qkv_projections()
+    torch.testing.assert_close(draw(pipe), base, atol=1e-4, rtol=1e-4)
+
+
+def test_from_pipe_shares_the_parts(pipe, tiny_chain, base):
+    """Oracle: the same modules and settings; a stage can be made from a chain's stage with a changed setting."""
+    again = MultiViewTilePipeline.from_pipe(pipe)
+    again.set_progress_bar_config(disable=True)
+    assert again.unet is pipe.unet and again.vae is pipe.vae and again.config.view_size == 16
+    torch.testing.assert_close(draw(again), base)
+    assert (
+        MultiViewTilePipeline.from_pipe(tiny_chain.multiview, rig="zero123plus-v1.1").config.rig == "zero123plus-v1.1"
+    )
+    assert One2345PlusPlusPipeline.from_pipe(tiny_chain).occupancy_unet is tiny_chain.occupancy_unet
+
+
+def test_offload_without_gpu_is_refused(pipe):
+    """diffusers says so itself."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for enable in (pipe.enable_model_cpu_offload, pipe.enable_sequential_cpu_offload):
+        with pytest.raises(RuntimeError, match="requires accelerator"):
+            enable()
+
+
+def test_weights_that_come_when_they_are_needed(pipe, base):
+    """Oracle: with the hooks of sequential offload, on the CPU, the tiles are the same, and afterwards no weight is left loaded,
+    although the write pass ends early."""
+    accelerate = pytest.importorskip("accelerate")
+    for name in ("unet", "vae", "text_encoder", "vision_encoder"):
+        accelerate.cpu_offload(pipe.components[name], torch.device("cpu"))
+    torch.testing.assert_close(draw(pipe), base, atol=1e-4, rtol=1e-4)
+    assert {parameter.device.type for parameter in pipe.unet.parameters()} == {"meta"}
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offload(pipe, base, method):
+    """Oracle: the tiles that the CPU draws."""
+    getattr(pipe, method)()
+    torch.testing.assert_close(draw(pipe), base, atol=1e-3, rtol=1e-3)
+
+
+@needs_gpu
+def test_quantised_unet(pipe, base, tmp_path):
+    """A quantisation config goes through `from_pretrained`."""
+    pytest.importorskip("bitsandbytes")
+    from diffusers.quantizers import PipelineQuantizationConfig
+
+    pipe.save_pretrained(tmp_path)
+    config = PipelineQuantizationConfig(
+        quant_backend="bitsandbytes_8bit", quant_kwargs={"load_in_8bit": True}, components_to_quantize=["unet"]
+    )
+    loaded = MultiViewTilePipeline.from_pretrained(tmp_path, quantization_config=config).to("cuda")
+    assert (draw(loaded) - base).abs().mean() < 0.1

@@ -107,6 +107,9 @@ def _xatlas_charts(
     found = np.load(io.BytesIO(done.stdout))
     width, height = found["size"]
     uvs = found["uvs"] * (np.array([width, height]) / max(width, height, 1))  # texels stay square
+    if not np.isfinite(uvs).all():
+        logger.warning("unwrap: xatlas found no places for some faces, so charts are box projections.")
+        return None
     return found["vertex_map"], found["faces"], uvs
 
 
@@ -152,12 +155,12 @@ def _covering_faces(
     for texel, face, nearest in covered_texels(corners, texture_size):
         inside = nearest >= -1e-9
         owner[texel[inside]] = face[inside]
-    slivers = np.setdiff1d(np.arange(len(corners)), owner)  # faces between the centres get what free texels they pass
-    spots = np.concatenate([corners, (corners + np.roll(corners, 1, axis=1)) / 2], 1)[slivers]
+    # Faces between the centres, and sharp corners, get what free texels they pass.
+    spots = np.concatenate([corners, (corners + np.roll(corners, 1, axis=1)) / 2], 1)
     columns, rows = np.rint(spots).astype(np.int64).clip(0, texture_size - 1).reshape(-1, 2).T
-    texels, slivers = rows * texture_size + columns, np.repeat(slivers, 6)
+    texels, faces = rows * texture_size + columns, np.repeat(np.arange(len(corners)), 6)
     free = owner[texels] < 0
-    owner[texels[free]] = slivers[free]
+    owner[texels[free]] = faces[free]
     return owner.reshape(texture_size, texture_size)
 
 

@@ -21,6 +21,7 @@ from ..errors import InputError
 
 POSITION_SCALE = 0.5  # against tokens of unit variance
 
+
 class ReferenceAttention:
     """The write and read passes of one UNet, usable inside `reference_attention`.
 

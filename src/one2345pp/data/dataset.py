@@ -12,12 +12,8 @@ from torch.utils.data import Dataset
 from ..errors import InputError
 
 
-TIER_WEIGHTS = {
-    "scan": 4.0,
-    "textured": 4.0,
-    "lowpoly": 1.0,
-    "procedural": 1.0,
-}  # 87% of the objects at hand are low-poly
+# 87% of the objects at hand are low-poly.
+TIER_WEIGHTS = {"scan": 4.0, "textured": 4.0, "lowpoly": 1.0, "procedural": 1.0}
 
 
 class PreparedDataset(Dataset):

@@ -26,8 +26,8 @@ from one2345pp.evaluation.metrics import image_metrics
 from one2345pp.geometry.cameras import CameraRig
 from one2345pp.geometry.rasterize import rasterize
 from one2345pp.geometry.render import contact_sheet
-from one2345pp.pipelines.preprocess import key_background
-from one2345pp.training.tiles import Frames, flatten, to_pil, to_pixels, to_tile
+from one2345pp.pipelines.tiles import composite_on_grey
+from one2345pp.training.tiles import Frames, to_pil, to_pixels, to_tile
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     indices = range(len(prepared))
     if args.limit and args.limit < len(prepared):
         indices = [i * len(prepared) // args.limit for i in range(args.limit)]
-    items = [example(prepared[i], frames, size) for i in indices]
+    items = [example(prepared[i], frames) for i in indices]
 
     start = time.perf_counter()
     drawn: list[list[Image.Image]] = []
@@ -51,6 +51,7 @@ def main() -> None:
             num_inference_steps=args.steps,
             guidance_scale=args.guidance,
             generator=torch.Generator().manual_seed(args.seed),
+            transparent=True,
         ).views
     seconds = (time.perf_counter() - start) / len(items)
 
@@ -74,7 +75,7 @@ def main() -> None:
     step = max(1, len(items) // args.sheet)
     sheet = []
     for item, views in list(zip(items, drawn, strict=True))[::step]:
-        sheet.append([item["input"], *views, *map(Image.fromarray, item["truth"])])
+        sheet.append([item["input"], *views, *item["truth"]])
     contact_sheet(sheet, 96, background=(127, 127, 127)).save(args.output / "views.png")
 
 
@@ -105,49 +106,42 @@ def load(model: str) -> MultiViewTilePipeline:
     return pipe
 
 
-def example(item: dict, frames: Frames, size: int) -> dict:
-    """Input picture, true tile (uint8 tensor) and true RGBA views of an item's first frame."""
+def example(item: dict, frames: Frames) -> dict:
+    """Input picture, true tile (uint8 tensor, colours on grey and masks) and true RGBA views of an item's first frame."""
     pictures = frames.pictures(item)
-    views = item["views"].reshape(-1, *item["views"].shape[-3:])[frames.views[0]]
-    alpha = flatten_alpha(views, size)
-    flat = pictures["views"][frames.views[0]]
-    truth = torch.cat([flat, alpha[:, None]], 1).permute(0, 2, 3, 1).numpy()
+    views = pictures["views"][frames.views[0]]
     return {
         "tier": item["tier"],
         "input": to_pil(pictures["inputs"][frames.inputs[0, 0]]),
-        "tile": to_tile(flat),
-        "truth": truth,
+        "tile": to_tile(views),
+        "truth": [to_pil(view) for view in views],
     }
 
 
-def flatten_alpha(views: torch.Tensor, size: int) -> torch.Tensor:
-    """Masks at the size of a view, `[V, size, size]` uint8."""
-    opaque = torch.cat([views[..., 3:].expand(*views.shape[:-1], 3), torch.full_like(views[..., 3:], 255)], -1)
-    return flatten(opaque, size)[:, 0]
-
-
 def decode(pipe: MultiViewTilePipeline, tile: torch.Tensor) -> list[Image.Image]:
-    """The tile through the autoencoder and back, as views."""
+    """The tile through the autoencoder and back, as views (`RGBA`)."""
+    pixels = to_pixels(tile[None, : pipe.vae.config.in_channels])
     with torch.no_grad():
-        latents = pipe.vae.encode(to_pixels(tile[None])).latent_dist.mode() * pipe.vae.config.scaling_factor
-        images = pipe.image_processor.postprocess(pipe.decode_latents(latents), output_type="pil")
-    return pipe.split_views(images)[0]
+        latents = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+        decoded = pipe.decode_latents(latents)
+    images = pipe.image_processor.postprocess(decoded[:, :3], output_type="pil")
+    return pipe.cut_out(pipe.split_views(images), decoded)[0]
 
 
-def compare(views: list[Image.Image], truth: np.ndarray, rig: CameraRig) -> dict[str, float]:
-    """PSNR on grey over whole views, SSIM, IoU of the keyed masks, and how far the masks agree among themselves."""
-    keyed = np.stack([np.asarray(key_background(view)) for view in views])
-    rgb = np.stack([np.asarray(view.convert("RGB"), np.float64) for view in views]) / 255
-    error = ((rgb - truth[..., :3] / 255) ** 2).mean((1, 2, 3))
-    figures = image_metrics(keyed, truth)
-    ious = [mask_iou(a[..., 3] >= 128, b[..., 3] >= 128) for a, b in zip(keyed, truth, strict=True)]
+def compare(views: list[Image.Image], truths: list[Image.Image], rig: CameraRig) -> dict[str, float]:
+    """PSNR on grey over whole views, SSIM, IoU of the masks, and how far the masks agree among themselves; all views are RGBA."""
+    cut, truth = (np.stack([np.asarray(view) for view in six]) for six in (views, truths))
+    on_grey = [np.stack([np.asarray(composite_on_grey(v), np.float64) for v in six]) / 255 for six in (views, truths)]
+    error = ((on_grey[0] - on_grey[1]) ** 2).mean((1, 2, 3))
+    figures = image_metrics(cut, truth)
+    ious = [mask_iou(a[..., 3] >= 128, b[..., 3] >= 128) for a, b in zip(cut, truth, strict=True)]
     return {
         "psnr_grey": float(np.mean(-10 * np.log10(np.maximum(error, 1e-6)))),
         "psnr": figures["psnr"],
         "ssim": figures["ssim"],
         "mask_iou": figures["mask_iou"],
         "front_iou": (ious[0] + ious[-1]) / 2,
-        "hull_agreement": hull_agreement(keyed[..., 3] / 255, rig),
+        "hull_agreement": hull_agreement(cut[..., 3] / 255, rig),
     }
 
 

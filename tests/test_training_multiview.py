@@ -81,7 +81,7 @@ def test_folding_standardises_latents_and_changes_no_picture(data):
     """Oracle: reconstructions before and after, posterior noise included; the statistics that the scaling factor promises."""
     images = tiles.ImageDataset(data, {**multiview.DEFAULTS, **CONFIG})
     vae = multiview.seeded(multiview.build_vae, {**CONFIG, "seed": 0})
-    pixels = tiles.to_pixels(torch.cat([item["views"] for item in images.items]))
+    pixels = tiles.to_pixels(torch.cat([item["views"][:, :3] for item in images.items]))
 
     def reconstruct() -> torch.Tensor:
         posterior = vae.encode(pixels).latent_dist
@@ -135,13 +135,68 @@ def test_training_pixels_are_those_of_the_feature_extractors():
     picture[..., 3] = 255
     flat = tiles.flatten(picture, SIZE)
     for name, scale in (("feature_extractor_vae", multiview.IMAGE_SCALE), ("feature_extractor_clip", 1.0)):
-        expected = components[name]([tiles.to_pil(flat)], return_tensors="pt").pixel_values[0]
-        torch.testing.assert_close(tiles.to_pixels(flat, scale), expected, atol=1e-5, rtol=1e-5)
+        expected = components[name]([tiles.to_pil(flat[:3])], return_tensors="pt").pixel_values[0]
+        torch.testing.assert_close(tiles.to_pixels(flat[:3], scale), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_transparent_training_pixels_are_grey():
     clear = torch.zeros(2, 24, 24, 4, dtype=torch.uint8)
-    assert (tiles.flatten(clear, SIZE) == 127).all()
+    flat = tiles.flatten(clear, SIZE)
+    assert (flat[:, :3] == 127).all() and (flat[:, 3] == 0).all()
+
+
+@pytest.fixture(scope="module")
+def masked(data, trained, tmp_path_factory):
+    """The pipeline of a run whose autoencoder carries masks, started from the weights of one without."""
+    output = tmp_path_factory.mktemp("masked")
+    vae = {**COMPONENTS["vae"], "in_channels": 4, "out_channels": 4}
+    config = {**CONFIG, "components": {**COMPONENTS, "vae": vae}, "initial": str(trained / "pipeline")}
+    multiview.run(config, data=data, output=output, device="cpu")
+    pipe = MultiViewTilePipeline.from_pretrained(output / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_an_autoencoder_with_masks_sees_what_it_was_trained_on(masked):
+    """Oracle: the pixels of training, for a picture with soft edges; an opaque picture on grey is cut out first."""
+    y, x = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j]
+    alpha = (np.clip(0.8 - np.hypot(x, y), 0, 0.2) * 5 * 255).round()
+    picture = np.dstack([np.full((SIZE, SIZE, 3), (200, 30, 60)), alpha]).astype(np.uint8)
+    empty, pixels = masked.prepare_pixels([Image.fromarray(picture)])
+    flat = tiles.to_pixels(tiles.flatten(torch.from_numpy(picture), SIZE))
+    assert pixels.shape == (1, 4, SIZE, SIZE) and (pixels[0] - flat).abs().max() <= 1.01 * 0.625 / 127.5
+    assert (empty[:, :3] == 0).all() and (empty[:, 3] == -0.625).all()
+    on_grey = multiview.composite_on_grey(Image.fromarray(picture))
+    _, keyed = masked.prepare_pixels([on_grey])
+    assert ((keyed[0, 3] > 0) != (pixels[0, 3] > 0)).float().mean() < 0.05
+
+
+def test_views_are_cut_out_by_the_drawn_masks(masked, monkeypatch):
+    """Oracle: decoded colours and masks that are known; colours come back without the grey they were blended with."""
+    mask = torch.linspace(-1, 1, 6).view(1, 1, 3, 2).repeat_interleave(SIZE, 2).repeat_interleave(SIZE, 3)
+    cover = (mask + 1) / 2
+    decoded = torch.cat([cover * torch.tensor([1.0, -1.0, 0.0]).view(1, 3, 1, 1), mask], 1)
+    monkeypatch.setattr(masked, "decode_latents", lambda latents: decoded)
+    out = masked(Image.new("RGB", (20, 20)), transparent=True, generator=torch.Generator().manual_seed(0))
+    assert out.images[0].mode == "RGB" and [view.mode for view in out.views[0]] == ["RGBA"] * 6
+    for number, view in enumerate(out.views[0]):
+        pixels = np.asarray(view).reshape(-1, 4)
+        assert (pixels[:, 3] == round(51 * number)).all()
+        assert np.abs(pixels[:, :3].astype(int) - ((255, 0, 127) if number else 127)).max() <= 8
+    assert masked(Image.new("RGB", (20, 20)), transparent=False).views[0][0].mode == "RGB"
+
+
+def test_weights_are_taken_over_as_far_as_they_reach(trained):
+    """Oracle: the trained arrays themselves, beside channels that stay as they were drawn."""
+    vae = {**COMPONENTS["vae"], "in_channels": 4, "out_channels": 4}
+    model = multiview.seeded(multiview.build_vae, {**CONFIG, "components": {"vae": vae}, "seed": 0})
+    before = model.encoder.conv_in.weight[:, 3:].clone()
+    multiview.start_from(str(trained), "vae", model)
+    source = AutoencoderKL.from_pretrained(trained / "vae")
+    assert torch.equal(model.encoder.conv_in.weight[:, :3], source.encoder.conv_in.weight)
+    assert torch.equal(model.encoder.conv_in.weight[:, 3:], before)
+    assert torch.equal(model.decoder.conv_out.bias[:3], source.decoder.conv_out.bias)
+    assert torch.equal(model.quant_conv.weight, source.quant_conv.weight)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +205,7 @@ def denoiser(data, trained):
     config = {**multiview.DEFAULTS, **CONFIG, "condition_dropout": 0.5}
     pipe = MultiViewTilePipeline.from_pretrained(trained / "pipeline")
     latents = tiles.LatentDataset(data, config, pipe, trained / "latents")
-    return multiview.DenoiserObjective(config, pipe, latents.grey, []), latents
+    return multiview.DenoiserObjective(config, pipe, latents.empty, []), latents
 
 
 def test_dropped_conditions_are_the_negative_branch_of_the_pipeline(denoiser):
@@ -170,7 +225,7 @@ def test_latents_decode_to_the_tile(data, denoiser):
     objective, latents = denoiser
     pipe, images = objective.pipeline, tiles.ImageDataset(data, {**multiview.DEFAULTS, **CONFIG})
     with torch.no_grad():
-        true = pipe.vae.encode(tiles.to_pixels(images[0]["views"])).latent_dist.mode()
+        true = pipe.vae.encode(tiles.to_pixels(images[0]["views"][:, :3])).latent_dist.mode()
         expected = pipe.vae.decode(tiles.to_tile(true)[None]).sample / multiview.IMAGE_SCALE
         learned = scale_latents(latents[0]["tile"].float()[None] * pipe.vae.config.scaling_factor)
         drawn = pipe.decode_latents(learned / 0.75 + 0.22)

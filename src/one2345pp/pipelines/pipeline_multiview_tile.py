@@ -31,13 +31,14 @@ from .control import Control
 from .hub import SelfContainedMixin
 from .multiview_inputs import within
 from .pipeline_output import MultiViewTilePipelineOutput
-from .preprocess import key_background
+from .preprocess import key_background, open_image
 from .tiles import (
     BACKGROUND,
     COLUMNS,
     IMAGE_SCALE,
     ROWS,
     composite_on_grey,
+    remove_grey,
     scale_latents,
     split_views,
     unscale_latents,
@@ -62,7 +63,7 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
     Folders of Zero123++ (v1.1, v1.2) load as they stand.
 
     Args:
-        vae ([`AutoencoderKL`]): Images to latents and back.
+        vae ([`AutoencoderKL`]): Images to latents and back. With four channels the last is the mask, -1 outside the object.
         text_encoder ([`~transformers.CLIPTextModel`]): Context of the prompt (usually empty).
         tokenizer ([`~transformers.CLIPTokenizer`]): Tokens of the prompt.
         unet ([`UNet2DConditionModel`]): Denoiser of the tile, and by reference attention the reader of the input image.
@@ -148,6 +149,11 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
     def interrupt(self) -> bool:
         return self._interrupt
 
+    @property
+    def draws_masks(self) -> bool:
+        """Whether the VAE carries the object's mask beside its colours."""
+        return self.vae.config.in_channels == 4
+
     # --- steps of a call, in order ------------------------------------------------------------------------------
 
     def encode_prompt(self, prompts: list[str], lora_scale: float = 1.0) -> Tensor:
@@ -197,20 +203,34 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
         context = torch.cat([context[: len(negative)], context[len(negative) :] + ramped])
         return context.repeat_interleave(num_images_per_prompt, 0)
 
+    def prepare_pixels(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
+        """What the VAE encodes: an empty picture `[1, 3, h, w]` and `B` pictures on grey; with masks if the VAE has four channels."""
+
+        def extract(pictures: list[Image.Image]) -> Tensor:
+            pixels = self.feature_extractor_vae(pictures, return_tensors="pt").pixel_values
+            return pixels.to(self._execution_device, self.vae.dtype)
+
+        pixels = extract([composite_on_grey(image) for image in images])
+        empty = torch.zeros_like(pixels[:1])
+        if self.draws_masks:
+            masks = [key_background(open_image(image)).getchannel("A").convert("RGB") for image in images]
+            pixels = torch.cat([pixels, extract(masks)[:, :1]], 1)
+            empty = torch.cat([empty, torch.full_like(empty[:, :1], -IMAGE_SCALE)], 1)
+        return empty, pixels
+
     def prepare_reference(self, images: list[Image.Image], num_images_per_prompt: int, generator) -> Tensor:
-        """Latents that the tile attends to, of every branch; the negative one is the latent of a grey image.
+        """Latents that the tile attends to, of every branch; the negative one is the latent of an empty picture.
 
         They are not multiplied by the VAE's scaling factor: that is the "5x" scale of Zero123++ section 2.2.
 
         Returns:
             `[B * n, c, h, w]`, or `[2 * B * n, c, h, w]` (negative first) with guidance.
         """
-        pixels = self.feature_extractor_vae(images, return_tensors="pt").pixel_values
-        pixels = pixels.to(self._execution_device, self.vae.dtype)
+        empty, pixels = self.prepare_pixels(images)
         if not self.do_classifier_free_guidance:
             branches = [self.vae.encode(pixels).latent_dist.parameters]
         else:
-            moments = self.vae.encode(torch.cat([torch.zeros_like(pixels[:1]), pixels])).latent_dist.parameters
+            moments = self.vae.encode(torch.cat([empty, pixels])).latent_dist.parameters
             branches = [moments[:1].expand(len(images), -1, -1, -1), moments[1:]]
         # Repeated before the draw, so that a list of generators holds one a tile.
         repeated = [branch.repeat_interleave(num_images_per_prompt, 0) for branch in branches]
@@ -265,10 +285,20 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
         return negative + self.guidance_scale * (positive - negative)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """VAE latents (times the scaling factor) to pixels in [-1, 1], `[B * n, 3, height, width]`."""
+        """VAE latents (times the scaling factor) to pixels in [-1, 1], `[B * n, 3 or 4, height, width]`, see `vae`."""
         return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0] / IMAGE_SCALE
 
     split_views = staticmethod(split_views)
+
+    def cut_out(self, views: list[list[Image.Image]], decoded: Tensor) -> list[list[Image.Image]]:
+        """The views without their grey, `RGBA`: by the masks that the VAE decoded, else by the colour of the background."""
+        if not self.draws_masks:
+            return [[key_background(view) for view in six] for six in views]
+        masks = self.image_processor.postprocess(decoded[:, 3:].expand(-1, 3, -1, -1), output_type="pil")
+        return [
+            [remove_grey(view, mask.getchannel(0)) for view, mask in zip(*both, strict=True)]
+            for both in zip(views, self.split_views(masks), strict=True)
+        ]
 
     @torch.no_grad()
     def __call__(
@@ -367,9 +397,9 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
         ]
 
         # 3. Encode the condition
-        images = [composite_on_grey(image) for image in images]
         lora_scale = (cross_attention_kwargs or {}).get("scale", 1.0)
-        prompt_embeds = self.prepare_context(images, prompts, negative_prompts, num_images_per_prompt, lora_scale)
+        opaque = [composite_on_grey(image) for image in images]
+        prompt_embeds = self.prepare_context(opaque, prompts, negative_prompts, num_images_per_prompt, lora_scale)
         reference_latents = self.prepare_reference(images, num_images_per_prompt, generator).to(prompt_embeds.dtype)
 
         # 4. Initial latents, and control pictures for them
@@ -417,9 +447,10 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
         if output_type == "latent":
             tiles, views = latents, None
         else:
-            tiles = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
+            decoded = self.decode_latents(latents)
+            tiles = self.image_processor.postprocess(decoded[:, :3], output_type=output_type)
             views = self.split_views(tiles)
-        if transparent:
-            views = [[key_background(view) for view in six] for six in views]
+            if transparent:
+                views = self.cut_out(views, decoded)
         self.maybe_free_model_hooks()
         return MultiViewTilePipelineOutput(tiles, views) if return_dict else (tiles, views)

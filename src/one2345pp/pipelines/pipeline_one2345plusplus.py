@@ -24,7 +24,7 @@ from .pipeline_multiview_tile import MultiViewTilePipeline
 from .pipeline_output import One2345PlusPlusPipelineOutput
 from .pipeline_sparse_volume import SparseVolumeDiffusionPipeline
 from .pipeline_texture_refinement import TextureRefinementPipeline
-from .preprocess import isolate_object, key_background
+from .preprocess import isolate_object
 
 
 MULTIVIEW_COMPONENTS = (
@@ -267,7 +267,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             image = [self.draw_prompt(text, text_to_image, one) for text, one in drawn]
         images = [self.prepare_image(one, background) for one in _as_list(image)]
 
-        # 3. Draw six views
+        # 3. Draw six views, cut out of their grey
         multiview, rig = self.multiview, self.rig
         views = [
             multiview(
@@ -279,14 +279,12 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
                 control_image=control_image,
                 controlnet_conditioning_scale=controlnet_conditioning_scale,
                 cross_attention_kwargs=cross_attention_kwargs,
+                transparent=True,
             ).views[0]
             for picture, one in zip(images, generators, strict=True)
         ]
 
-        # 4. Cut the views out of their grey
-        views = [[key_background(view) for view in six] for six in views]
-
-        # 5. Volume and mesh
+        # 4. Volume and mesh
         volume = self.volume
         solids = [
             volume(
@@ -303,7 +301,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         volumes = [solid.volumes[0] for solid in solids]
         coarse_meshes = [solid.meshes[0] for solid in solids]
 
-        # 6. Refine the texture
+        # 5. Refine the texture
         if refine:
             texture = self.texture
             meshes = [
@@ -322,7 +320,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         else:
             meshes = [mesh if max_faces is None else decimate(mesh, max_faces) for mesh in coarse_meshes]
 
-        # 7. Output
+        # 6. Output
         self.maybe_free_model_hooks()
         if not return_dict:
             return meshes, views, volumes, coarse_meshes

@@ -37,6 +37,14 @@ def composite_on_grey(image: Image.Image) -> Image.Image:
     return flat
 
 
+def remove_grey(picture: Image.Image, alpha: Image.Image) -> Image.Image:
+    """`RGBA` with straight alpha of a picture on the tile's grey and its mask (`L`); `composite_on_grey` undoes it."""
+    cover = np.asarray(alpha, np.float32)[..., None] / 255
+    colors = (np.asarray(picture, np.float32) - (1 - cover) * np.float32(BACKGROUND)) / np.maximum(cover, 0.1)
+    colors = np.where(cover > 0, colors.clip(0, 255), 127).round().astype(np.uint8)
+    return Image.merge("RGBA", (*Image.fromarray(colors).split(), alpha))
+
+
 def split_views(tiles: list[Image.Image] | np.ndarray | Tensor):
     """Cut tiles into views: lists of six PIL images, `[B, 6, h, w, 3]` (array) or `[B, 6, 3, h, w]` (tensor)."""
     if isinstance(tiles, torch.Tensor):

@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 
 from ..data.dataset import PreparedDataset
 from ..pipelines.pipeline_multiview_tile import MultiViewTilePipeline
-from ..pipelines.preprocess import key_background
 
 
 logger = logging.getLogger(__name__)
@@ -61,9 +60,9 @@ class DrawnViewsDataset(Dataset):
             Image.fromarray(own[pick].numpy()).resize((size, size), Image.Resampling.BICUBIC)
             for own, pick in zip(inputs, picks, strict=True)
         ]
-        drawn = pipe(pictures, num_inference_steps=steps, generator=generator).views
+        drawn = pipe(pictures, num_inference_steps=steps, generator=generator, transparent=True).views
         for index, pick, views in zip(indices, picks, drawn, strict=True):
-            keyed = np.stack([np.asarray(key_background(view)) for view in views])
+            keyed = np.stack([np.asarray(view) for view in views])
             partial = self._file(index).with_suffix(".part")
             with open(partial, "wb") as file:
                 np.savez_compressed(file, drawn=keyed, drawn_input=pick)

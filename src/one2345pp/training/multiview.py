@@ -36,6 +36,7 @@ from ..pipelines.pipeline_multiview_tile import (
     IMAGE_SCALE,
     ROWS,
     MultiViewTilePipeline,
+    composite_on_grey,
     scale_latents,
 )
 from .autoencoder_init import initialize_with_colors
@@ -53,6 +54,7 @@ DEFAULTS = {
     "kl_weight": 5e-5,
     "edge_weight": 0.5,  # of the L1 error of finite differences, beside that of pixels
     "temperature": 0.1,  # of the contrast
+    "initial": None,  # folder of a trained first stage, or a whole chain, whose weights to start from
     "condition_dropout": 0.1,
     "clean_reference": False,  # show the reference without noise, see MultiViewTilePipeline
     "tile_positions": False,  # tell self-attention which view a token belongs to, see MultiViewTilePipeline
@@ -116,7 +118,7 @@ def run(config: dict, *, data: Path, output: Path, device: str = "auto", minutes
     )
     latents = LatentDataset(data, config, pipeline, output / "latents")
     objective = DenoiserObjective(
-        config, pipeline, latents.grey, preview_examples(config["validation"] or data, config)
+        config, pipeline, latents.empty, preview_examples(config["validation"] or data, config)
     )
     train(objective, latents, phases["unet"], output, device=device, minutes=limits["unet"])
 
@@ -179,6 +181,18 @@ def seeded(build, config: dict):
         return build(config)
 
 
+@torch.no_grad()
+def start_from(folder: str | None, name: str, model: nn.Module) -> None:
+    """Copy the weights of component `name` in `folder` into `model`, as far as they reach: new channels, the last, stay as drawn."""
+    if folder is None:
+        return
+    trained = type(model).from_pretrained(folder, subfolder=name).state_dict()
+    for key, weight in model.state_dict().items():
+        if key in trained:
+            common = tuple(slice(min(sizes)) for sizes in zip(weight.shape, trained[key].shape, strict=True))
+            weight[common] = trained[key][common]
+
+
 # --- phase 1: autoencoder ------------------------------------------------------------------------------------------
 
 
@@ -190,6 +204,7 @@ class AutoencoderObjective:
         self.vae = seeded(build_vae, config)
         if config["color_init"]:
             initialize_with_colors(self.vae)
+        start_from(config["initial"], "vae", self.vae)
         self.vae.to(memory_format=torch.channels_last)  # faster on a CPU
         self.modules = nn.ModuleDict({"vae": self.vae})
         self._example: Tensor | None = None
@@ -202,6 +217,7 @@ class AutoencoderObjective:
         else:
             pool = torch.cat([views, torch.stack([item["inputs"] for item in items])], 1)
             images = pool[:, torch.randperm(pool.shape[1], generator=generator)[: ROWS * COLUMNS]].flatten(0, 1)
+        images = images[:, : self.vae.config.in_channels]
         self._example = images[:6]
         return {"images": to_pixels(images)}
 
@@ -224,7 +240,7 @@ class AutoencoderObjective:
         vae = modules["vae"]
         images = to_pixels(self._example).to(vae.device)
         decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample
-        both = torch.cat([images, decoded], -2).cpu() / IMAGE_SCALE
+        both = torch.cat([images, decoded], -2).cpu()[:, :3] / IMAGE_SCALE
         to_pil(((torch.cat(list(both), -1) + 1) * 127.5).round().clamp(0, 255).byte()).save(path)
 
     def save(self, modules: nn.ModuleDict, output: Path) -> None:
@@ -239,7 +255,9 @@ def standardize_latents(vae: AutoencoderKL, images: ImageDataset, count: int = 6
     as large, as in Zero123++. What the autoencoder computes stays the same but for rounding.
     """
     chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
-    latents = torch.cat([vae.encode(to_pixels(images[i]["views"][:6])).latent_dist.mode() for i in chosen])
+    latents = torch.cat(
+        [vae.encode(to_pixels(images[i]["views"][:6, : vae.config.in_channels])).latent_dist.mode() for i in chosen]
+    )
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3)).clamp(min=1e-4)
     gain = 1 / (std * vae.config.scaling_factor)
     quant, post, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
@@ -260,6 +278,7 @@ class VisionObjective:
     def __init__(self, config: dict):
         self.config = config
         self.vision = seeded(build_vision_encoder, config)
+        start_from(config["initial"], "vision_encoder", self.vision)
         self.modules = nn.ModuleDict({"vision": self.vision})
 
     def collate(self, items: list[dict], generator: torch.Generator) -> dict[str, Tensor]:
@@ -270,7 +289,7 @@ class VisionObjective:
             pairs.append(pool[torch.arange(len(items)), pick])
         order = torch.randperm(3, generator=generator)  # one order a batch, so that colours still tell objects apart
         return {
-            "pairs": to_pixels(torch.cat(pairs)[:, order], 1.0),
+            "pairs": to_pixels(torch.cat(pairs)[:, :3][:, order], 1.0),
             "object": torch.stack([item["object"] for item in items]),
         }
 
@@ -298,7 +317,7 @@ def standardize_embeds(vision: CLIPVisionModelWithProjection, images: ImageDatas
     """Scale the projection so that the numbers of an embedding have deviation 1, as those of the text context do."""
     chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
     size = vision.config.image_size
-    pixels = torch.cat([to_pixels(images[i]["inputs"], 1.0) for i in chosen])
+    pixels = torch.cat([to_pixels(images[i]["inputs"][:, :3], 1.0) for i in chosen])
     embeds = vision(F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)).image_embeds
     vision.visual_projection.weight /= embeds.square().mean().sqrt().clamp(min=1e-6)
 
@@ -312,8 +331,9 @@ class DenoiserObjective:
     Source: Zero123++ section 2 (linear betas, scaled reference attention), condition dropout as in InstantMesh's recipe.
     """
 
-    def __init__(self, config: dict, pipeline: MultiViewTilePipeline, grey: Tensor, examples: list):
-        self.config, self.pipeline, self.grey, self.examples = config, pipeline, grey, examples
+    def __init__(self, config: dict, pipeline: MultiViewTilePipeline, empty: Tensor, examples: list):
+        self.config, self.pipeline, self.empty, self.examples = config, pipeline, empty, examples
+        start_from(config["initial"], "unet", pipeline.unet)
         pipeline.unet.to(memory_format=torch.channels_last)  # faster on a CPU
         self.modules = nn.ModuleDict({"unet": pipeline.unet})
         self.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -326,7 +346,7 @@ class DenoiserObjective:
         reference = torch.stack([item["references"][i] for item, i in zip(items, pick, strict=True)]).float()
         embeds = torch.stack([item["embeds"][i] for item, i in zip(items, pick, strict=True)]).float()
         dropped = torch.rand(len(items), generator=generator) < self.config["condition_dropout"]
-        reference[dropped] = self.grey
+        reference[dropped] = self.empty
         context = self.text + self.ramp * (embeds * ~dropped[:, None])[:, None]
         tile = torch.stack([item["tile"] for item in items]).float()
         return {
@@ -370,7 +390,7 @@ class DenoiserObjective:
         sheet = Image.new("RGB", (2 * width * len(tiles), height + inputs[0].height), BACKGROUND)
         errors = []
         for index, (picture, tile, truth) in enumerate(zip(inputs, tiles, truths, strict=True)):
-            sheet.paste(picture, (2 * width * index, 0))
+            sheet.paste(composite_on_grey(picture), (2 * width * index, 0))
             sheet.paste(tile, (2 * width * index, picture.height))
             sheet.paste(truth, (2 * width * index + width, picture.height))
             errors.append(((np.asarray(tile, np.float32) - np.asarray(truth, np.float32)) / 255) ** 2)

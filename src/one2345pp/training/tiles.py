@@ -16,13 +16,21 @@ from torch.utils.data import Dataset
 from ..data.dataset import PreparedDataset
 from ..data.prepare import RING
 from ..errors import InputError
-from ..pipelines.pipeline_multiview_tile import BACKGROUND, COLUMNS, IMAGE_SCALE, ROWS, MultiViewTilePipeline
+from ..pipelines.pipeline_multiview_tile import (
+    BACKGROUND,
+    COLUMNS,
+    IMAGE_SCALE,
+    ROWS,
+    MultiViewTilePipeline,
+    remove_grey,
+)
 
 
 def flatten(views: Tensor, size: int) -> Tensor:
-    """RGBA pictures `[..., S, S, 4]` (uint8, straight alpha) on grey, at the size of a view: `[..., 3, size, size]` uint8."""
+    """RGBA pictures `[..., S, S, 4]` (uint8, straight alpha) at a view's size: colours on grey, masks, `[..., 4, size, size]`."""
     rgb, alpha = views[..., :3].float(), views[..., 3:].float() / 255
-    flat = (rgb * alpha + rgb.new_tensor(BACKGROUND) * (1 - alpha)).movedim(-1, -3)
+    flat = rgb * alpha + rgb.new_tensor(BACKGROUND) * (1 - alpha)
+    flat = torch.cat([flat, alpha * 255], -1).movedim(-1, -3)
     if flat.shape[-1] != size:
         small = F.interpolate(flat.reshape(-1, *flat.shape[-3:]), size=(size, size), mode="bicubic", antialias=True)
         flat = small.reshape(*flat.shape[:-2], size, size)
@@ -30,8 +38,8 @@ def flatten(views: Tensor, size: int) -> Tensor:
 
 
 def to_tile(views: Tensor) -> Tensor:
-    """Six views `[..., 6, 3, S, S]` as a tile `[..., 3, 3 S, 2 S]`."""
-    cells = views.unflatten(-4, (ROWS, COLUMNS))  # [..., rows, columns, 3, S, S]
+    """Six views `[..., 6, C, S, S]` as a tile `[..., C, 3 S, 2 S]`."""
+    cells = views.unflatten(-4, (ROWS, COLUMNS))  # [..., rows, columns, C, S, S]
     return cells.movedim(-3, -5).transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
 
 
@@ -67,10 +75,10 @@ class Frames:
             self.inputs = torch.arange(2 * RING * count).view(2 * RING, count)
 
     def pictures(self, item: dict) -> dict[str, Tensor]:
-        """`views [V, 3, S, S]` and `inputs [I, 3, S, S]` of an item, uint8 on grey; of a ring also mirrored, after the others."""
+        """`views [V, 4, S, S]` and `inputs [I, 4, S, S]` of an item, see `flatten`; of a ring also mirrored, after the others."""
         pictures = {}
         for key in ("views", "inputs"):
-            flat = flatten(item[key], self.size).reshape(-1, 3, self.size, self.size)
+            flat = flatten(item[key], self.size).reshape(-1, 4, self.size, self.size)
             pictures[key] = torch.cat([flat, flat.flip(-1)]) if self.rings else flat
         return pictures
 
@@ -104,10 +112,9 @@ class LatentDataset(Dataset):
     """
 
     def __init__(self, data: Path, config: dict, pipeline: MultiViewTilePipeline, folder: Path):
-        size = config["view_size"]
         with torch.no_grad():
-            grey = pipeline.vae.encode(torch.zeros(1, 3, size, size)).latent_dist.mode()
-        self.grey = grey[0]  # latent of the empty image, the reference of the negative branch
+            empty, _ = pipeline.prepare_pixels([Image.new("RGBA", [config["view_size"]] * 2)])
+            self.empty = pipeline.vae.encode(empty).latent_dist.mode()[0]  # the reference of the negative branch
         names = ("views", "references", "embeds", "view_ids", "input_ids", "weights")
         if not folder.exists():
             partial = folder.with_name(folder.name + ".part")
@@ -126,7 +133,9 @@ class LatentDataset(Dataset):
         pipeline.vae.to(memory_format=torch.channels_last)  # twice as fast on a CPU
 
         def encode(images: Tensor):
-            pixels = to_pixels(images).contiguous(memory_format=torch.channels_last)
+            pixels = to_pixels(images[:, : pipeline.vae.config.in_channels]).contiguous(
+                memory_format=torch.channels_last
+            )
             return pipeline.vae.encode(pixels).latent_dist
 
         arrays: dict[str, list[Tensor]] = {name: [] for name in ("views", "references", "embeds")}
@@ -135,9 +144,11 @@ class LatentDataset(Dataset):
         for copy in range(1 + config["recolored_copies"]):
             for item, weight in zip(images.items, images.weights, strict=True):
                 # Another order of the channels teaches colours to come from the reference, not from the object's kind.
-                order = torch.randperm(3, generator=generator) if copy else torch.arange(3)
+                order = torch.cat(
+                    [torch.randperm(3, generator=generator) if copy else torch.arange(3), torch.tensor([3])]
+                )
                 views, inputs = item["views"][:, order], item["inputs"][:, order]
-                small = F.interpolate(inputs.float(), (vision_size, vision_size), mode="bicubic", antialias=True)
+                small = F.interpolate(inputs[:, :3].float(), (vision_size, vision_size), mode="bicubic", antialias=True)
                 arrays["views"].append(encode(views).mode().half().contiguous())
                 arrays["references"].append(encode(inputs).sample(generator).half().contiguous())
                 arrays["embeds"].append(pipeline.vision_encoder(to_pixels(small, 1.0)).image_embeds.half())
@@ -160,17 +171,18 @@ class LatentDataset(Dataset):
 
 
 def preview_examples(data: Path, config: dict, count: int = 6) -> list[tuple[Image.Image, Image.Image]]:
-    """Input pictures and true tiles of samples spread over a prepared folder."""
+    """Input pictures (`RGBA`) and true tiles (on grey) of samples spread over a prepared folder."""
     prepared = PreparedDataset(data)
     frames = Frames(prepared, config)
     examples = []
     for index in np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int):
         pictures = frames.pictures(prepared[index])
         tile = to_tile(pictures["views"][frames.views[0]])
-        examples.append((to_pil(pictures["inputs"][frames.inputs[0, 0]]), to_pil(tile)))
+        examples.append((to_pil(pictures["inputs"][frames.inputs[0, 0]]), to_pil(tile[:3])))
     return examples
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """`[3, H, W]` uint8"""
-    return Image.fromarray(image.permute(1, 2, 0).numpy())
+    """`[3, H, W]` uint8, or `[4, H, W]`: colours on grey and a mask, which becomes the alpha."""
+    picture = Image.fromarray(image[:3].permute(1, 2, 0).numpy())
+    return picture if len(image) == 3 else remove_grey(picture, Image.fromarray(image[3].numpy()))

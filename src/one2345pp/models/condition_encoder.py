@@ -196,10 +196,14 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
     def pool(self, maps: list[Tensor], views: ViewBatch, points: Tensor, index: int) -> Tensor:
         """Sample, finish the MLP and pool over the views of one sample: `[P, 3] -> [P, pooled]`."""
         present = views.present[index]
-        hidden = sum(views.sample(m[index], points, index) for m in maps)  # [V, P, hidden]
-        hidden = F.relu(self.shared(F.relu(hidden)))[present]
+        # channels before points, as `grid_sample` leaves them: no copies, and the MLP is a convolution of size 1
+        hidden = [views.sample(m[index], points, index).mT for m in maps]  # [V, hidden, P] each
+        hidden = hidden[0] if len(hidden) == 1 else sum(hidden)
+        hidden = F.relu(F.conv1d(F.relu(hidden), self.shared.weight[..., None], self.shared.bias))
+        if not present.all():
+            hidden = hidden[present]
         pooled = hidden.amax(0)
-        return torch.cat([pooled, hidden.mean(0)], -1) if self.config.pooling == "max_mean" else pooled
+        return (torch.cat([pooled, hidden.mean(0)]) if self.config.pooling == "max_mean" else pooled).mT
 
     def _grid_points(self, device) -> tuple[Tensor, Tensor]:
         """Centres of the cells that the object's sphere reaches, `[P, 3]`, and which of all cells (x, y, z order) they are."""

@@ -65,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
         "--shard", type=shard, default=(0, 1), metavar="I/N", help="every N-th object from the I-th, meshes only"
     )
     parser.add_argument("--sheets", type=int, default=12, help="objects on contact sheets, about")
+    parser.add_argument("--elevation", action="store_true", help="tell `generate` the elevation of the image")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
@@ -145,7 +146,7 @@ def predict_one(method, pipe, image: Image.Image, views: list[Image.Image], args
     if method == "reconstruct":
         return pipe.volume(views, cameras=args.rig, image=image, generator=generator).meshes[0]
     if method == "generate":
-        out = pipe(image, refine=False, generator=generator)
+        out = pipe(image, refine=False, generator=generator, elevation=INPUT_ELEVATION if args.elevation else None)
         folder = args.output / "generated_views"
         folder.mkdir(exist_ok=True)
         contact_sheet([out.views[0]], gap=0).save(folder / f"{name}.png")

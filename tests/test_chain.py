@@ -17,6 +17,7 @@ from one2345pp import (
     TextureRefinementPipeline,
 )
 from one2345pp.data.shapes import shape
+from one2345pp.geometry.placement import place_picture
 from one2345pp.geometry.render import render
 from one2345pp.pipelines.pipeline_one2345plusplus import MULTIVIEW_COMPONENTS, VOLUME_COMPONENTS
 
@@ -91,6 +92,23 @@ def test_chain_is_its_stages(tiny_chain, picture):
     out = tiny_chain(picture, generator=seeded(3))
     assert mesh.vertices.tobytes() == out.meshes[0].vertices.tobytes()
     assert np.array_equal(mesh.visual.material.baseColorTexture, out.meshes[0].visual.material.baseColorTexture)
+
+
+def test_a_picture_of_known_elevation_is_one_more_view(tiny_chain, picture):
+    """Oracle: the stages called by hand with seven views and cameras; what comes back as views are the six that were drawn."""
+    generator = seeded(3)
+    framed = tiny_chain.prepare_image(picture)
+    views = tiny_chain.multiview(framed, generator=generator, transparent=True).views[0]
+    placed, camera = place_picture(
+        framed, np.stack([np.asarray(view)[..., 3] for view in views]) / 255, tiny_chain.rig, 20
+    )
+    rig = CameraRig.cat([tiny_chain.rig, camera])
+    solid = tiny_chain.volume([*views, placed], cameras=rig, image=framed, generator=generator)
+    out = tiny_chain(picture, elevation=20, refine=False, generator=seeded(3))
+    assert len(out.views[0]) == 6
+    assert solid.meshes[0].vertices.tobytes() == out.meshes[0].vertices.tobytes()
+    without = tiny_chain(picture, refine=False, generator=seeded(3))
+    assert solid.meshes[0].vertices.tobytes() != without.meshes[0].vertices.tobytes()
 
 
 def test_swapped_parts_are_used_at_once(tiny_chain):
@@ -219,6 +237,7 @@ def test_callback_sees_the_diffusions(tiny_chain, picture):
         ({"image": "nowhere.png"}, "nowhere.png: no such file"),
         ({"image": "x.png", "generator": [torch.Generator()] * 2}, "generator: got 2"),
         ({"image": "x.png", "num_inference_steps": 0}, "num_inference_steps: got 0"),
+        ({"image": "x.png", "elevation": 91}, "elevation: got 91, expected degrees"),
         ({"image": "x.png", "max_faces": 3}, "max_faces: got 3, expected at least 4"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -60,6 +60,8 @@ def build_parser() -> OneLineParser:
     generate.add_argument(
         "--text-to-image", metavar="MODEL", help="folder or Hub id of a diffusers text-to-image pipeline"
     )
+    text = "degrees above the horizon from which the image looks, if known: it then counts as a view itself"
+    generate.add_argument("--elevation", type=float, metavar="DEG", help=text)
     generate.add_argument("--background", choices=BACKGROUNDS, default="auto", help="how the object is cut out")
     generate.add_argument("--steps", type=positive, metavar="N", help="denoising steps of the six views")
     _add_sampling(generate)

@@ -68,6 +68,7 @@ def generate(args: argparse.Namespace) -> int:
             max_faces=args.faces,
             refine=args.refine,
             background=args.background,
+            elevation=args.elevation,
             generator=_generator(args),
         )
         job.write(out.meshes[0], out.views[0], pipe.rig, out.volumes[0], out.coarse_meshes[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, MultiControlNetModel, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
@@ -16,6 +17,7 @@ from ..errors import InputError
 from ..geometry.cameras import CameraRig
 from ..geometry.extract import decimate
 from ..geometry.framing import frame_object
+from ..geometry.placement import place_picture
 from ..models.condition_encoder import ConditionEncoder
 from ..models.unet_occupancy import OccupancyUNet3DModel
 from ..models.unet_sparse import SparseUNet3DModel
@@ -168,7 +170,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
 
     # --- steps of a call, in order ------------------------------------------------------------------------------
 
-    def check_inputs(self, image, prompt, text_to_image, generator, **counts: int | None) -> int:
+    def check_inputs(self, image, prompt, text_to_image, generator, elevation, **counts: int | None) -> int:
         """Raise `InputError` for anything the call could not use; return the number of objects asked for."""
         if (image is None) == (prompt is None):
             raise InputError(
@@ -183,6 +185,8 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             raise InputError("image: got an empty list, expected at least one image.")
         if isinstance(generator, list) and len(generator) != number:
             raise InputError(f"generator: got {len(generator)}, expected one, or a list of {number}, one an object.")
+        if elevation is not None and not -90 <= elevation <= 90:
+            raise InputError(f"elevation: got {elevation:g}, expected degrees from -90 to 90.")
         for name, count in counts.items():
             least = {"max_faces": 4, "texture_size": 16}.get(name, 1)  # four triangles are the smallest closed mesh
             if count is not None and count < least:
@@ -196,6 +200,16 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
     def prepare_image(self, image, background: str = "auto") -> Image.Image:
         """The object of a picture or file, cut out, centred and square: `RGBA`, 512 pixels."""
         return frame_object(isolate_object(image, background=background))
+
+    def add_picture(
+        self, picture: Image.Image, views: list[Image.Image], rig: CameraRig, elevation: float | None
+    ) -> tuple[list[Image.Image], CameraRig]:
+        """The drawn views and, where its elevation is known, the input picture as one more, with all their cameras."""
+        if elevation is None:
+            return views, rig
+        masks = np.stack([np.asarray(view)[..., 3] for view in views]) / 255
+        placed, camera = place_picture(picture, masks, rig, elevation)
+        return [*views, placed], CameraRig.cat([rig, camera])
 
     @torch.no_grad()
     def __call__(
@@ -212,6 +226,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         max_faces: int | None = None,
         refine: bool = True,
         background: str = "auto",
+        elevation: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
@@ -231,6 +246,8 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             max_faces (`int`, *optional*): Most triangles of a mesh.
             refine (`bool`, defaults to `True`): Paint a texture from the views; without, the mesh has vertex colours.
             background (`str`, defaults to `"auto"`): How the object is told from its background, see `isolate_object`.
+            elevation (`float`, *optional*): Degrees above the horizon (-90 to 90) from which the image looks, if that is known. Then
+                the image itself is one more view for the volume and the texture.
             generator (`torch.Generator` or a list, *optional*): Source of every random draw; a list has one an object.
             return_dict (`bool`, defaults to `True`): Return an output class instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(stage, step, timestep, tensors)` in every
@@ -252,6 +269,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             prompt,
             text_to_image,
             generator,
+            elevation,
             num_inference_steps=num_inference_steps,
             num_occupancy_steps=num_occupancy_steps,
             num_sparse_steps=num_sparse_steps,
@@ -285,18 +303,19 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         ]
 
         # 4. Volume and mesh
+        shown = [self.add_picture(picture, six, rig, elevation) for picture, six in zip(images, views, strict=True)]
         volume = self.volume
         solids = [
             volume(
-                six,
-                cameras=rig,
+                pictures,
+                cameras=cameras,
                 image=picture,
                 num_occupancy_steps=num_occupancy_steps,
                 num_sparse_steps=num_sparse_steps,
                 generator=one,
                 callback_on_step_end=callback_on_step_end,
             )
-            for six, picture, one in zip(views, images, generators, strict=True)
+            for (pictures, cameras), picture, one in zip(shown, images, generators, strict=True)
         ]
         volumes = [solid.volumes[0] for solid in solids]
         coarse_meshes = [solid.meshes[0] for solid in solids]
@@ -307,15 +326,14 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             meshes = [
                 texture(
                     mesh,
-                    six,
-                    rig,
+                    *seen,
                     num_inference_steps=num_texture_steps,
                     texture_size=texture_size,
                     max_faces=max_faces,
                     generator=one,
                     device=self._execution_device,
                 ).meshes[0]
-                for mesh, six, one in zip(coarse_meshes, views, generators, strict=True)
+                for mesh, seen, one in zip(coarse_meshes, shown, generators, strict=True)
             ]
         else:
             meshes = [mesh if max_faces is None else decimate(mesh, max_faces) for mesh in coarse_meshes]

@@ -138,7 +138,7 @@ def texts(folder: Path) -> dict[str, str]:
 
 
 def test_stable_diffusion_becomes_a_first_stage(place):
-    """Oracle: the weights of the source on disk, and Zero123++'s published settings. The folder draws a tile, in other programs too."""
+    """Oracle: the weights of the source on disk, and Zero123++'s published settings. The folder draws a tile, elsewhere too."""
     assert convert("stable-diffusion sd2 --vision-encoder clip --view-size 16 --reference-size 32 -o out") == (0, "")
     for name in NETWORKS:
         assert_same(weights("sd2", name), weights("out", name))
@@ -196,6 +196,31 @@ def test_dtype_is_the_sources_or_as_asked(place, stored, asked):
     vision = weights("out", "vision_encoder").values()
     assert {tensor.dtype for tensor in vision} == {getattr(torch, asked or "float32")}
     assert MultiViewTilePipeline.from_pretrained("out").text_encoder.dtype == torch.float32
+
+
+def test_folders_of_older_versions_are_read(place):
+    """Oracle: the same weights under today's names. Older folders have other names in attention, a level more in the text encoder, a
+    buffer that nobody needs, and pickles; all of it is as in what was published as Stable Diffusion 2."""
+    shutil.copytree("sd2", "old")
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for key, tensor in weights("sd2", "vae").items():
+        for new, old in names.items():
+            key = key.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+        tensors[key] = tensor
+    assert any("query" in key for key in tensors)
+    Path("old/vae/diffusion_pytorch_model.safetensors").unlink()
+    torch.save(tensors, "old/vae/diffusion_pytorch_model.bin")
+    text = {f"text_model.{key}": tensor for key, tensor in weights("sd2", "text_encoder").items()}
+    text["text_model.embeddings.position_ids"] = torch.arange(4)[None]
+    Path("old/text_encoder/model.safetensors").unlink()
+    torch.save(text, "old/text_encoder/pytorch_model.bin")
+    multiview_from_stable_diffusion("old", "clip", "out", view_size=16, reference_size=16)
+    file_from_folder("old", "old.safetensors")
+    file_from_folder("sd2", "new.safetensors")
+    for name in NETWORKS:
+        assert_same(weights("sd2", name), weights("out", name))
+    assert_same(load_file("new.safetensors"), load_file("old.safetensors"))
 
 
 # --- one file -------------------------------------------------------------------------------------------------------
@@ -349,6 +374,8 @@ def spoil(place: Path) -> None:
     save_file({k: v for k, v in good.items() if not k.startswith("first_stage")}, "no-vae.safetensors")
     save_file({k: v for k, v in good.items() if "output_blocks.4" not in k}, "holes.safetensors")
     save_file(good, "small.safetensors", metadata={"one2345pp": json.dumps({"../model_index.json": "{}"})})
+    index = {"model_index.json": json.dumps({"../evil": ["diffusers", "UNet2DConditionModel"]})}
+    save_file(good, "evil.safetensors", metadata={"one2345pp": json.dumps(index)})
     Path("cut.safetensors").write_bytes(Path("good.safetensors").read_bytes()[:5000])
     torch.save({"state_dict": good, "callback": Path("x")}, "code.ckpt")
     first = {k.replace("cond_stage_model.model", "cond_stage_model.transformer"): v for k, v in good.items()}
@@ -382,6 +409,7 @@ REFUSALS = [
     ("single-file holes.safetensors --like sd2 -o out", "holes.safetensors: unet: does not fit"),
     ("single-file good.safetensors --like multiview -o out", "good.safetensors: unet: does not fit"),
     ("single-file small.safetensors -o out", "'../model_index.json'"),
+    ("single-file evil.safetensors -o out", "evil.safetensors: its model_index.json names '../evil'"),
     ("single-file cut.safetensors --like sd2 -o out", "not a whole file"),
     ("single-file code.ckpt --like sd2 -o out", "more than tensors"),
     ("single-file good.safetensors -o sd2", "sd2: exists already"),
@@ -425,13 +453,17 @@ def test_a_failure_while_writing_leaves_nothing(place, monkeypatch):
     assert {path.name for path in place.iterdir()} == before
 
 
-def test_layout_without_a_name_is_refused(place):
-    """A UNet that the original layout cannot hold is not written as if it could: diffusers' way back tells."""
-    torch.manual_seed(0)
-    parts = stable_diffusion_components()
-    config = {**parts["unet"].config, "class_embed_type": "timestep"}
-    save_stable_diffusion(Path("odd"), unet=UNet2DConditionModel.from_config(config))
-    with pytest.raises(InputError, match="original layout"):
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_what_the_original_layout_cannot_hold_is_refused(place, part):
+    """An embedding it has no name for, and a text layer that the way back leaves out: no file that would lose them is written."""
+    old = stable_diffusion_components()[part].config
+    if part == "unet":
+        settings = {name: value for name, value in old.items() if not name.startswith("_")}
+        network = UNet2DConditionModel(**settings | {"class_embed_type": "timestep"})
+    else:
+        network = transformers.CLIPTextModel(transformers.CLIPTextConfig(**old.to_dict() | {"num_hidden_layers": 24}))
+    save_stable_diffusion(Path("odd"), **{part: network})
+    with pytest.raises(InputError, match="no place in the original layout"):
         file_from_folder("odd", "odd.safetensors")
     assert not Path("odd.safetensors").exists()
 

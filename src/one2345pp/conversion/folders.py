@@ -44,6 +44,11 @@ class Folder:
         if not path.is_dir():
             raise InputError(f"{path}: no such folder. Pass a pipeline's folder that is on this machine.")
         folder = cls(path, read_json(path / "model_index.json"))
+        for name in folder.index:
+            if not re.fullmatch(r"\w+", name):  # it becomes the name of a folder
+                raise InputError(
+                    f"{path}: its model_index.json names {name!r}, which is no component. Download it again."
+                )
         for name, class_name in needed.items():
             entry = folder.index.get(name)
             found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None

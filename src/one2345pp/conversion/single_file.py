@@ -120,12 +120,14 @@ def _base(file: Path, like: Path | None) -> Iterator[Folder]:
             path = Path(place) / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(text.encode("utf-8"))
-        base = Folder.open(Path(place), **CLASSES)
-        if isinstance(base.index.get("_class_name"), list) and base.class_name in one2345pp.MODULE_OF:
-            getattr(one2345pp, base.class_name).write_shims(
-                Path(place)
-            )  # code is written anew, never taken from a file
-        yield base
+        try:
+            base = Folder.open(Path(place), **CLASSES)
+            pipeline = getattr(one2345pp, base.class_name) if base.class_name in one2345pp.MODULE_OF else None
+            if isinstance(base.index.get("_class_name"), list) and hasattr(pipeline, "write_shims"):
+                pipeline.write_shims(Path(place))  # code is written anew, never taken from a file
+            yield base
+        except InputError as error:
+            raise InputError(str(error).replace(place, str(file))) from None  # the place is nothing the person knows
 
 
 def _texts(file: Path, encoded: str) -> dict[str, str]:

@@ -364,6 +364,7 @@ def spoil(place: Path) -> None:
     for name, file in (("torn", "vae/diffusion_pytorch_model.safetensors"), ("untold", "scheduler")):
         shutil.copytree(place / "sd2", place / name)
         shutil.rmtree(place / name / file) if (place / name / file).is_dir() else (place / name / file).unlink()
+    shutil.copytree(place / "sd2", place / "mute", ignore=shutil.ignore_patterns("tokenizer"))
     shutil.copytree(place / "sd2", place / "short")
     tensors = load_file(place / "short/text_encoder/model.safetensors")
     tensors.popitem()
@@ -394,6 +395,7 @@ REFUSALS = [
     (f"stable-diffusion base {SD2}", "'epsilon', expected 'v_prediction'"),
     (f"stable-diffusion torn {SD2}", "torn/vae: has no weights"),
     (f"stable-diffusion untold {SD2}", "scheduler_config.json: no such file"),
+    (f"stable-diffusion mute {SD2}", "mute/tokenizer: no such folder"),
     (f"stable-diffusion short {SD2}", "1 missing keys"),
     ("stable-diffusion sd2 --vision-encoder wide -o out", "to 12 numbers, but the text encoder has width 8"),
     ("stable-diffusion sd2 --vision-encoder nothing -o out", "nothing: no such folder"),
@@ -408,6 +410,7 @@ REFUSALS = [
     ("single-file first.safetensors --like sd2 -o out", "Stable Diffusion 1"),
     ("single-file holes.safetensors --like sd2 -o out", "holes.safetensors: unet: does not fit"),
     ("single-file good.safetensors --like multiview -o out", "good.safetensors: unet: does not fit"),
+    ("single-file good.safetensors --like mute -o out", "names tokenizer, which is not there"),
     ("single-file small.safetensors -o out", "'../model_index.json'"),
     ("single-file evil.safetensors -o out", "evil.safetensors: its model_index.json names '../evil'"),
     ("single-file cut.safetensors --like sd2 -o out", "not a whole file"),
@@ -424,6 +427,7 @@ REFUSALS = [
     ("unet multiview --into multiview -o unet.bin", "exists already"),
     ("to-single-file sd2 -o out", "ends with .safetensors"),
     ("to-single-file sd2 -o good.safetensors", "exists already"),
+    ("to-single-file mute -o out.safetensors", "names tokenizer, which is not there"),
     ("to-single-file torn -o out.safetensors", "torn/vae: has no weights"),
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,23 @@ class Folder:
         """A network without weights."""
         return empty_model(self.models[name], self.path / name)
 
+    def others(self, models: Container[str], dtype: torch.dtype | None) -> dict[str, nn.Module]:
+        """Networks beside `models` that have to be written in another dtype. Every one is read, so that none is not whole."""
+        loaded = {}
+        for name in self.models:
+            if name not in models:
+                model = self.load(name, dtype)
+                loaded |= {} if dtype is None else {name: model}
+        return loaded
+
+    def check_whole(self) -> None:
+        """Refuse a folder without the folder of one of its components."""
+        for name in self.components:
+            if not (self.path / name).is_dir():
+                raise InputError(
+                    f"{self.path}: model_index.json names {name}, which is not there. Complete the folder."
+                )
+
     def write(self, models: dict[str, nn.Module], output: Path) -> None:
         """A folder like this one with other weights in it: everything but those, and but a model card, is copied as it is.
 
@@ -94,6 +111,7 @@ class Folder:
             models: Networks whose weights are written anew, by component.
             output: Folder to write; it appears when it is whole.
         """
+        self.check_whole()
         with written_whole(output) as partial:
             for name, model in models.items():
                 model.save_pretrained(str(partial / name))

@@ -17,7 +17,7 @@ import one2345pp
 from ..errors import InputError
 from .folders import Folder, check_new, written_whole
 from .ldm import CLASSES, from_ldm, to_ldm
-from .weights import fill, load_model, read_metadata, read_tensors, weight_files
+from .weights import fill, read_metadata, read_tensors, weight_files
 
 
 METADATA_KEY = "one2345pp"
@@ -42,6 +42,7 @@ def file_from_folder(folder: Path, output: Path, *, dtype: torch.dtype | None = 
         raise InputError(f"{output}: got {output.suffix!r}, expected a name that ends with .safetensors.")
     check_new(output)
     source = Folder.open(folder, **CLASSES)
+    source.check_whole()
     for name in source.components:
         if name not in source.models and weight_files(source.path / name):
             raise InputError(
@@ -77,24 +78,17 @@ def folder_from_file(file: Path, output: Path, *, like: Path | None = None, dtyp
             raise InputError(f"{file}: {error}") from None
         for name in CLASSES:
             fill(models[name], weights[name], f"{file}: {name}", dtype)
-        for name, cls in base.models.items():
-            if name in CLASSES:
-                continue
+        for name in base.models.keys() - CLASSES.keys():
             own = {key.removeprefix(f"{name}."): t for key, t in checkpoint.items() if key.startswith(f"{name}.")}
             if own or like is None:
                 models[name] = fill(base.empty(name), own, f"{file}: {name}", dtype)
-            else:
-                model = load_model(cls, base.path / name, dtype)  # whole, or refused before anything is written
-                models |= {} if dtype is None else {name: model}
-        base.write(models, output)
+        base.write(models | base.others(models, dtype), output)
 
 
 def _small_files(folder: Folder) -> dict[str, str]:
     """Texts of a folder that are not weights and not code, by path."""
     paths = [folder.path / "model_index.json"]
     for name in folder.components:
-        if not (folder.path / name).is_dir():
-            raise InputError(f"{folder.path}: model_index.json names {name}, which is not there. Complete the folder.")
         paths += sorted(path for path in (folder.path / name).iterdir() if path.suffix in SMALL_SUFFIXES)
     return {
         path.relative_to(folder.path).as_posix(): path.read_bytes().decode("utf-8")

@@ -55,7 +55,7 @@ def multiview_from_stable_diffusion(
     """
     check_new(output)
     folder = Folder.open(source, **CLASSES, tokenizer="CLIPTokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder.path / "tokenizer"), local_files_only=True)
+    tokenizer = _tokenizer(folder.path / "tokenizer")
     vision_config = _vision_config(Path(vision_encoder))
     configs = {name: folder.empty(name).config for name in CLASSES}
     _check_schedule(folder.path)
@@ -80,6 +80,16 @@ def multiview_from_stable_diffusion(
     )
     with written_whole(output) as partial:
         pipeline.save_pretrained(partial)
+
+
+def _tokenizer(path: Path) -> CLIPTokenizer:
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder. Complete the folder of Stable Diffusion.")
+    try:
+        return CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{path}: does not load as CLIPTokenizer ({reason}). Complete the folder.") from error
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

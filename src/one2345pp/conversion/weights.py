@@ -126,10 +126,16 @@ def load_model(cls: type[nn.Module], folder: Path, dtype: torch.dtype | None = N
 def empty_model(cls: type[nn.Module], folder: Path) -> nn.Module:
     """The network that a folder's `config.json` describes, without weights (on the meta device)."""
     read_json(Path(folder) / "config.json")  # says what is wrong better than the libraries
-    with init_empty_weights(include_buffers=False):
-        if issubclass(cls, ModelMixin):
-            return cls.from_config(cls.load_config(str(folder), local_files_only=True)).eval()
-        return cls(cls.config_class.from_pretrained(str(folder), local_files_only=True)).eval()
+    try:
+        with init_empty_weights(include_buffers=False):
+            if issubclass(cls, ModelMixin):
+                return cls.from_config(cls.load_config(str(folder), local_files_only=True)).eval()
+            return cls(cls.config_class.from_pretrained(str(folder), local_files_only=True)).eval()
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"{folder}: its config.json is none of a {cls.__name__} ({reason}). Download it again."
+        ) from error
 
 
 def fill(model: nn.Module, weights: dict[str, Tensor], source: str, dtype: torch.dtype | None = None) -> nn.Module:

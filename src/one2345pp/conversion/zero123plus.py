@@ -34,8 +34,7 @@ def folder_with_unet(unet: Path, into: Path, output: Path, *, dtype: torch.dtype
     base = Folder.open(into, unet="UNet2DConditionModel")
     model = base.empty("unet")
     models = {"unet": fill(model, unet_weights(_file_of(Path(unet))), str(unet), dtype)}
-    others = {name: base.load(name, dtype) for name in base.models if name != "unet"}  # refused if not whole
-    base.write(models if dtype is None else models | others, output)
+    base.write(models | base.others(models, dtype), output)
 
 
 def unet_weights(file: Path) -> dict[str, Tensor]:

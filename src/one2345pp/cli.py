@@ -123,9 +123,45 @@ def build_parser() -> OneLineParser:
     join.add_argument("--config", type=Path, metavar="JSON", help="arguments of the stages: volume, texture")
     join.add_argument("--card", type=Path, metavar="MD", help="model card")
     join.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    _add_first_stages(kinds)
 
     command("info", "versions, devices, extras and the default checkpoint")
     return parser
+
+
+def _add_first_stages(kinds) -> None:
+    """What `convert` does with first stages; outputs that exist are not replaced, weights keep their dtype."""
+
+    def kind(name: str, source: str, form: str, output: str, text: str) -> OneLineParser:
+        sub = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
+        _add_shared(sub, dtype=None)
+        sub.add_argument("source", type=Path, metavar=source, help=form)
+        sub.add_argument("-o", "--output", type=Path, required=True, metavar=output, help="must not exist yet")
+        return sub
+
+    text = "Stable Diffusion 2 to a first stage that is ready to be trained"
+    base = kind("stable-diffusion", "FOLDER", "in diffusers' form, with v-prediction", "DIR", text)
+    text = "CLIP whose projection is as wide as the text context"
+    base.add_argument("--vision-encoder", type=Path, required=True, metavar="FOLDER", help=text)
+    base.add_argument("--rig", choices=RIGS, default=RIGS[0], help="cameras of the views")
+    base.add_argument("--view-size", type=positive, default=320, metavar="N", help="pixels")
+    text = "pixels of the input image, as views attend to it"
+    base.add_argument("--reference-size", type=positive, default=512, metavar="N", help=text)
+
+    text = "a checkpoint that is one file to a folder"
+    form = "in the original layout of Stable Diffusion 2 (.safetensors .ckpt)"
+    single = kind("single-file", "FILE", form, "DIR", text)
+    text = "folder of the same architecture: configs, tokenizer and what FILE lacks are taken from it"
+    single.add_argument("--like", type=Path, metavar="FOLDER", help=text)
+
+    text = "a UNet that was published alone into a first stage's folder"
+    alone = kind("unet", "UNET", "file in diffusers' layout (.safetensors .bin .ckpt), or its folder", "DIR", text)
+    alone.add_argument(
+        "--into", type=Path, required=True, metavar="FOLDER", help="first stage, or a whole chain; copied"
+    )
+
+    text = "a folder to one file in the original layout of Stable Diffusion 2"
+    kind("to-single-file", "FOLDER", "first stage, Stable Diffusion 2, or a whole chain", "FILE", text)
 
 
 def positive(text: str) -> int:
@@ -136,12 +172,13 @@ def positive(text: str) -> int:
     return number
 
 
-def _add_shared(parser: argparse.ArgumentParser) -> None:
+def _add_shared(parser: argparse.ArgumentParser, dtype: str | None = "float32") -> None:
     group = parser.add_argument_group("shared options")
     group.add_argument("--model", help="folder or Hub id; defaults to the checkpoint in the package")
     group.add_argument("--seed", type=int, help="of every random draw, for each input anew; defaults to 0")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    text = "of the stored weights; defaults to that of the source" if dtype is None else None
+    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default=dtype, help=text)
     group.add_argument("--quiet", action="store_true", help="say nothing but errors")
 
 

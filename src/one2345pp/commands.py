@@ -188,13 +188,34 @@ def train(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Other forms of checkpoints to folders that the pipelines load."""
-    from .conversion.assemble import assemble
+    """Other forms of checkpoints to folders that the pipelines load, and back."""
+    if args.kind == "assemble":
+        check_folder(args.output, "-o")
+        config = {} if args.config is None else _read_json(args.config)
+        _hush(args)
+        from .conversion.assemble import assemble
 
-    check_folder(args.output, "-o")
-    config = {} if args.config is None else _read_json(args.config)
+        assemble(args.multiview, args.occupancy, args.sparse, args.output, card=args.card, **config)
+        return 0
     _hush(args)
-    assemble(args.multiview, args.occupancy, args.sparse, args.output, card=args.card, **config)
+    dtype = None if args.dtype is None else _dtype(args.dtype)
+    if args.kind == "stable-diffusion":
+        from .conversion.stable_diffusion import multiview_from_stable_diffusion as from_stable_diffusion
+
+        sizes = {"view_size": args.view_size, "reference_size": args.reference_size}
+        from_stable_diffusion(args.source, args.vision_encoder, args.output, rig=args.rig, dtype=dtype, **sizes)
+    elif args.kind == "unet":
+        from .conversion.zero123plus import folder_with_unet
+
+        folder_with_unet(args.source, args.into, args.output, dtype=dtype)
+    elif args.kind == "single-file":
+        from .conversion.single_file import folder_from_file
+
+        folder_from_file(args.source, args.output, like=args.like, dtype=dtype)
+    else:
+        from .conversion.single_file import file_from_folder
+
+        file_from_folder(args.source, args.output, dtype=dtype)
     return 0
 
 

@@ -107,7 +107,7 @@ class SelfContainedMixin:
         hub_names = ("repo_id", "commit_message", "private", "token", "create_pr")
         hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
         super().save_pretrained(str(folder), **kwargs)
-        self._write_shims(folder)
+        self.write_shims(folder)
         if push_to_hub:
             _upload(self, folder, **{"repo_id": folder.name, **hub_kwargs})
 
@@ -137,8 +137,9 @@ class SelfContainedMixin:
                 (Path(folder) / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
             return _upload(self, Path(folder), repo_id, commit_message, private, token, create_pr, subfolder)
 
-    def _write_shims(self, folder: Path) -> None:
-        """Rewrite `model_index.json` and add `pipeline.py` and a shim for each component of this package."""
+    @classmethod
+    def write_shims(cls, folder: Path) -> None:
+        """Rewrite `model_index.json` of a saved folder and add `pipeline.py` and a shim for each component of this package."""
         index_path = folder / "model_index.json"
         index = json.loads(index_path.read_text(encoding="utf-8"))
         index.pop("_name_or_path", None)  # where it was loaded from is nobody else's business
@@ -162,7 +163,6 @@ class SelfContainedMixin:
                 if class_name.endswith("ImageProcessorPil"):
                     index[name] = [module, class_name.removesuffix("Pil")]  # the Pil names exist in transformers 5 only
                 _load_as_float32(folder / name / "config.json")
-        cls = type(self)
         if _is_public(cls.__module__, cls.__name__):
             index["_class_name"] = ["pipeline", cls.__name__]
             shim = PIPELINE_SHIM.format(

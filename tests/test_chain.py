@@ -18,6 +18,7 @@ from one2345pp import (
 )
 from one2345pp.data.shapes import shape
 from one2345pp.geometry.render import render
+from one2345pp.geometry.repair import is_solid
 from one2345pp.pipelines.pipeline_one2345plusplus import MULTIVIEW_COMPONENTS, VOLUME_COMPONENTS
 
 
@@ -192,6 +193,14 @@ def test_without_refinement(tiny_chain, picture):
     )
     assert meshes[0].visual.kind == "vertex"
     assert len(meshes[0].faces) <= 300 < len(coarse[0].faces)
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_watertight_meshes_on_request(tiny_chain, picture, refine):
+    """Noise of random weights, closed within its budget; the coarse mesh of the volume stays what it was."""
+    out = tiny_chain(picture, refine=refine, watertight=True, max_faces=600, generator=seeded())
+    assert is_solid(out.meshes[0]) and len(out.meshes[0].faces) <= 600
+    assert len(out.coarse_meshes[0].faces) > 600
 
 
 def test_callback_sees_the_diffusions(tiny_chain, picture):

@@ -13,6 +13,7 @@ from one2345pp import CameraRig, TextureRefinementPipeline
 from one2345pp.errors import InputError
 from one2345pp.geometry.mesh import surface_colors
 from one2345pp.geometry.rasterize import rasterize
+from one2345pp.geometry.repair import is_solid
 
 
 GREY, RADIUS, VIEW = 0.5, 0.4, 48
@@ -188,6 +189,19 @@ def test_geometry_is_untouched_and_the_budget_kept(pipe, front_rig):
     assert len(small.faces) <= 300
     assert texture(small).size == (128, 128)
     assert small.visual.material.metallicFactor == 0 and small.visual.material.roughnessFactor == 1
+
+
+def test_a_punched_shell_is_painted_watertight(pipe, front_rig):
+    """Oracle: trimesh on the welded mesh, and the ball's volume. Without the option the hole stays; cuts of charts are none."""
+    ball = grey_ball(4)
+    hole = np.linalg.norm(ball.triangles_center - [0, RADIUS, 0], axis=1) < 0.05
+    punched = trimesh.Trimesh(ball.vertices, ball.faces[~hole], vertex_colors=ball.visual.vertex_colors, process=False)
+    views, options = photograph(punched, front_rig), {"num_inference_steps": 1, "max_faces": 1000}
+    closed = pipe(punched, views, front_rig, watertight=True, generator=seeded(), **options).meshes[0]
+    whole = trimesh.Trimesh(closed.vertices, closed.faces, process=True, merge_tex=True, merge_norm=True)
+    assert whole.is_watertight and whole.volume == pytest.approx(4 / 3 * math.pi * RADIUS**3, rel=0.02)
+    assert 990 <= len(closed.faces) <= 1000 and texture(closed).size == (128, 128)
+    assert not is_solid(pipe(punched, views, front_rig, generator=seeded(), **options).meshes[0])
 
 
 def test_no_steps_bake_the_meshs_own_colors(pipe, front_rig):

@@ -170,6 +170,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 def _add_mesh(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("mesh")
     group.add_argument("--faces", type=positive, metavar="N", help="most triangles")
+    group.add_argument("--watertight", action="store_true", help="close the mesh, for printing")
     group.add_argument("--texture-steps", type=positive, metavar="N", help="steps of the texture refinement")
     group.add_argument("--texture-size", type=positive, metavar="N", help="pixels")
     text = "also write a picture (.png) or a turntable (.gif .mp4); several inputs: FILE-<stem>"

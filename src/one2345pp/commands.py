@@ -40,7 +40,8 @@ def generate(args: argparse.Namespace) -> int:
         raise InputError("generate: pass either images, or --prompt with --text-to-image.")
     if args.prompt is not None and args.text_to_image is None:
         raise InputError("--prompt: needs --text-to-image MODEL, a diffusers text-to-image pipeline.")
-    jobs = plan(args.images or [Path(_slug(args.prompt))], args.output, args.preview, args.save_intermediates)
+    sources = args.images or [Path(_slug(args.prompt))]
+    jobs = plan(sources, args.output, args.preview, args.save_intermediates)
     model, statuses = _find_model(args.model), []
     if args.prompt is None:  # know what cannot be used before the model is loaded
         from .pipelines.preprocess import isolate_object
@@ -66,6 +67,7 @@ def generate(args: argparse.Namespace) -> int:
             num_texture_steps=args.texture_steps,
             texture_size=args.texture_size,
             max_faces=args.faces,
+            watertight=args.watertight,
             refine=args.refine,
             background=args.background,
             generator=_generator(args),
@@ -77,6 +79,7 @@ def generate(args: argparse.Namespace) -> int:
 
 def reconstruct(args: argparse.Namespace) -> int:
     """Views with cameras to a mesh."""
+    from .geometry.extract import finish_mesh
     from .pipelines.preprocess import frame_object, isolate_object, load_views
 
     jobs = plan([args.views], args.output, args.preview, args.save_intermediates)
@@ -100,7 +103,7 @@ def reconstruct(args: argparse.Namespace) -> int:
         if args.refine:
             mesh = _refined(pipe.texture, coarse, views, rig, args, generator)
         else:
-            mesh = _simplified(coarse, args.faces)
+            mesh = finish_mesh(coarse, args.faces, args.watertight)
         job.write(mesh, views, rig, solid.volumes[0], coarse)
 
     return run_all(jobs, run, args.quiet)
@@ -333,16 +336,11 @@ def _refined(texture, mesh, views, rig, args: argparse.Namespace, generator, **k
         num_inference_steps=args.texture_steps,
         texture_size=args.texture_size,
         max_faces=args.faces,
+        watertight=args.watertight,
         generator=generator,
         device=_device(args.device),
         **kwargs,
     ).meshes[0]
-
-
-def _simplified(mesh: trimesh.Trimesh, faces: int | None) -> trimesh.Trimesh:
-    from .geometry.extract import decimate
-
-    return mesh if faces is None else decimate(mesh, faces)
 
 
 def _names_of_split(table: Path, split: str) -> set[str]:

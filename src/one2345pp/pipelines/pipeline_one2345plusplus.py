@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 
 from ..errors import InputError
 from ..geometry.cameras import CameraRig
-from ..geometry.extract import decimate
+from ..geometry.extract import finish_mesh
 from ..geometry.framing import frame_object
 from ..models.condition_encoder import ConditionEncoder
 from ..models.unet_occupancy import OccupancyUNet3DModel
@@ -210,6 +210,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         num_texture_steps: int | None = None,
         texture_size: int | None = None,
         max_faces: int | None = None,
+        watertight: bool = False,
         refine: bool = True,
         background: str = "auto",
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -229,6 +230,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             num_occupancy_steps, num_sparse_steps (`int`, *optional*): Of the two volume diffusions.
             num_texture_steps, texture_size (`int`, *optional*): Of the texture refinement; the size is in pixels.
             max_faces (`int`, *optional*): Most triangles of a mesh.
+            watertight (`bool`, defaults to `False`): Make solids for printing, see `geometry.extract.solidify`.
             refine (`bool`, defaults to `True`): Paint a texture from the views; without, the mesh has vertex colours.
             background (`str`, defaults to `"auto"`): How the object is told from its background, see `isolate_object`.
             generator (`torch.Generator` or a list, *optional*): Source of every random draw; a list has one an object.
@@ -312,13 +314,14 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
                     num_inference_steps=num_texture_steps,
                     texture_size=texture_size,
                     max_faces=max_faces,
+                    watertight=watertight,
                     generator=one,
                     device=self._execution_device,
                 ).meshes[0]
                 for mesh, six, one in zip(coarse_meshes, views, generators, strict=True)
             ]
         else:
-            meshes = [mesh if max_faces is None else decimate(mesh, max_faces) for mesh in coarse_meshes]
+            meshes = [finish_mesh(mesh, max_faces, watertight) for mesh in coarse_meshes]
 
         # 6. Output
         self.maybe_free_model_hooks()

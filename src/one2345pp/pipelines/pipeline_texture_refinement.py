@@ -1,4 +1,5 @@
-"""Stage 3: a mesh and pictures of it to the same mesh with a texture. Nothing moves; dense meshes are decimated first.
+"""Stage 3: a mesh and pictures of it to the same mesh with a texture. Nothing moves; dense meshes are decimated first,
+and open ones closed on request.
 
 A colour field is fitted to the views where they see the surface and baked; what no view sees keeps the mesh's colours.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..geometry.atlas import Atlas, pad_texture, texel_samples, unwrap
 from ..geometry.cameras import CameraRig, project
-from ..geometry.extract import decimate
+from ..geometry.extract import finish_mesh
 from ..geometry.mesh import surface_colors
 from ..geometry.rasterize import rasterize
 from ..models.color_field import ColorField
@@ -162,6 +163,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         num_inference_steps: int | None = None,
         texture_size: int | None = None,
         max_faces: int | None = None,
+        watertight: bool = False,
         rasterizer: str = "auto",
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
@@ -178,6 +180,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
             num_inference_steps: Optimiser steps; 0 only bakes the mesh's own colours.
             texture_size: Side of the texture in pixels.
             max_faces: Meshes with more faces are decimated to this many.
+            watertight: Close meshes that are open, for printing. The cuts of the texture do not count.
             rasterizer: `"auto"`, `"embree"` or `"nvdiffrast"`.
             generator: Source of every random draw, on the CPU. The same one gives the same mesh.
             device: Where the field is fitted.
@@ -197,8 +200,8 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         self.check_inputs(meshes, view_lists, rig, steps, texture_size)
         painted = []
         for one_mesh, pictures in zip(meshes, view_lists, strict=True):
-            # 2. Decimate to the budget, and cut into charts
-            one_mesh = decimate(one_mesh, max_faces)
+            # 2. Close it if asked to, decimate to the budget, and cut into charts
+            one_mesh = finish_mesh(one_mesh, max_faces, watertight)
             atlas = unwrap(one_mesh, texture_size)
             # 3. Find what each view sees
             visibility, seen = self.observe(one_mesh, pictures, rig, rasterizer)

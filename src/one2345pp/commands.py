@@ -40,8 +40,7 @@ def generate(args: argparse.Namespace) -> int:
         raise InputError("generate: pass either images, or --prompt with --text-to-image.")
     if args.prompt is not None and args.text_to_image is None:
         raise InputError("--prompt: needs --text-to-image MODEL, a diffusers text-to-image pipeline.")
-    sources = args.images or [Path(_slug(args.prompt))]
-    jobs = plan(sources, args.output, args.preview, args.save_intermediates)
+    jobs = _plan(args.images or [Path(_slug(args.prompt))], args, args.save_intermediates)
     model, statuses = _find_model(args.model), []
     if args.prompt is None:  # know what cannot be used before the model is loaded
         from .pipelines.preprocess import isolate_object
@@ -82,7 +81,7 @@ def reconstruct(args: argparse.Namespace) -> int:
     from .geometry.extract import finish_mesh
     from .pipelines.preprocess import frame_object, isolate_object, load_views
 
-    jobs = plan([args.views], args.output, args.preview, args.save_intermediates)
+    jobs = _plan([args.views], args, args.save_intermediates)
     model = _find_model(args.model)
     views, rig = load_views(args.views, args.rig)
     image = None if args.image is None else frame_object(isolate_object(args.image))
@@ -116,7 +115,7 @@ def refine(args: argparse.Namespace) -> int:
     from .pipelines.pipeline_texture_refinement import TextureRefinementPipeline
     from .pipelines.preprocess import load_views
 
-    jobs = plan([args.mesh], args.output, args.preview)
+    jobs = _plan([args.mesh], args)
     _hush(args)
     mesh, (views, rig) = load_mesh(args.mesh), load_views(args.views, args.rig)
     config = One2345PlusPlusPipeline.load_config(_find_model(args.model))
@@ -325,6 +324,11 @@ def _hush(args: argparse.Namespace) -> None:
 
 
 # --- small ----------------------------------------------------------------------------------------------------------
+
+
+def _plan(sources: list[Path], args: argparse.Namespace, intermediates: Path | None = None) -> list[Job]:
+    """Where the outputs go, and what the options say of them."""
+    return plan(sources, args.output, args.preview, intermediates, args.unlit, args.shading)
 
 
 def _refined(texture, mesh, views, rig, args: argparse.Namespace, generator, **kwargs) -> trimesh.Trimesh:

@@ -203,17 +203,19 @@ def test_watertight_meshes_on_request(tiny_chain, picture, refine):
     assert len(out.coarse_meshes[0].faces) > 600
 
 
-def test_callback_sees_the_diffusions(tiny_chain, picture):
-    """Called in each step of stages 1 and 2 with the stage that runs."""
+def test_callback_sees_every_stage(tiny_chain, picture):
+    """Called in each step of each stage with the stage that runs."""
     calls = []
 
     def callback(stage, step, timestep, tensors):
         calls.append(type(stage).__name__)
+        assert ("loss" if isinstance(stage, TextureRefinementPipeline) else "latents") in tensors
         return {}
 
-    tiny_chain(picture, num_inference_steps=3, num_occupancy_steps=4, num_sparse_steps=2, generator=seeded(), refine=False,
-               callback_on_step_end=callback)  # fmt: skip
-    assert calls == ["MultiViewTilePipeline"] * 3 + ["SparseVolumeDiffusionPipeline"] * 6
+    tiny_chain(picture, num_inference_steps=3, num_occupancy_steps=4, num_sparse_steps=2, num_texture_steps=2,
+               generator=seeded(), callback_on_step_end=callback)  # fmt: skip
+    stages = {"MultiViewTilePipeline": 3, "SparseVolumeDiffusionPipeline": 6, "TextureRefinementPipeline": 2}
+    assert calls == [name for name, count in stages.items() for _ in range(count)]
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             generator (`torch.Generator` or a list, *optional*): Source of every random draw; a list has one an object.
             return_dict (`bool`, defaults to `True`): Return an output class instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(stage, step, timestep, tensors)` in every
-                diffusion step of the views and of the volume.
+                diffusion step of the views and of the volume, with `latents`, and of the texture, with its `loss`.
             control_image (`PIL.Image.Image` or a list, *optional*): Tile for the ControlNet, the same for every object; for
                 several ControlNets a list with that of each.
             controlnet_conditioning_scale (`float` or a list, defaults to 1.0): Weight of the ControlNet, or of each.
@@ -317,6 +317,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
                     watertight=watertight,
                     generator=one,
                     device=self._execution_device,
+                    callback_on_step_end=callback_on_step_end,
                 ).meshes[0]
                 for mesh, six, one in zip(coarse_meshes, views, generators, strict=True)
             ]

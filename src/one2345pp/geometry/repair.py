@@ -177,6 +177,8 @@ def decimate(mesh: trimesh.Trimesh, faces: int) -> trimesh.Trimesh:
             f"mesh: its {len(mesh.faces)} faces cannot be simplified to {faces}, only to {reached}: "
             "it is in too many pieces. Allow more faces, or remove small parts."
         )
+    if whole.is_watertight and not best.is_watertight:
+        logger.warning("decimate: the mesh was closed and has holes at %d faces.", len(best.faces))
     best.visual.vertex_colors = to_rgba8(_nearest_colors(mesh, best.vertices))
     return report_loss("decimate", mesh, best)
 

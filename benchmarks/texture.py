@@ -4,7 +4,7 @@
 
 The mesh is a mug out of a volume, as the volume stage would give it; the views are six true ones of `zero123plus-v1.2`. The steps
 are those of `TextureRefinementPipeline.__call__`, with its default settings. Memory is the peak of the process, PyTorch and the making
-of the example included, and that of the child that unwraps.
+of the example included, and that of the child that unwraps, which the system counts from the fork: never below the process's own then.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from one2345pp import (
 from one2345pp.data.shapes import shape
 from one2345pp.geometry.placement import place_picture
 from one2345pp.geometry.render import render
+from one2345pp.geometry.repair import is_solid
 from one2345pp.pipelines.pipeline_one2345plusplus import MULTIVIEW_COMPONENTS, VOLUME_COMPONENTS
 
 
@@ -212,17 +213,27 @@ def test_without_refinement(tiny_chain, picture):
     assert len(meshes[0].faces) <= 300 < len(coarse[0].faces)
 
 
-def test_callback_sees_the_diffusions(tiny_chain, picture):
-    """Called in each step of stages 1 and 2 with the stage that runs."""
+@pytest.mark.parametrize("refine", [False, True])
+def test_watertight_meshes_on_request(tiny_chain, picture, refine):
+    """Noise of random weights, closed within its budget; the coarse mesh of the volume stays what it was."""
+    out = tiny_chain(picture, refine=refine, watertight=True, max_faces=600, generator=seeded())
+    assert is_solid(out.meshes[0]) and len(out.meshes[0].faces) <= 600
+    assert len(out.coarse_meshes[0].faces) > 600
+
+
+def test_callback_sees_every_stage(tiny_chain, picture):
+    """Called in each step of each stage with the stage that runs."""
     calls = []
 
     def callback(stage, step, timestep, tensors):
         calls.append(type(stage).__name__)
+        assert ("loss" if isinstance(stage, TextureRefinementPipeline) else "latents") in tensors
         return {}
 
-    tiny_chain(picture, num_inference_steps=3, num_occupancy_steps=4, num_sparse_steps=2, generator=seeded(), refine=False,
-               callback_on_step_end=callback)  # fmt: skip
-    assert calls == ["MultiViewTilePipeline"] * 3 + ["SparseVolumeDiffusionPipeline"] * 6
+    tiny_chain(picture, num_inference_steps=3, num_occupancy_steps=4, num_sparse_steps=2, num_texture_steps=2,
+               generator=seeded(), callback_on_step_end=callback)  # fmt: skip
+    stages = {"MultiViewTilePipeline": 3, "SparseVolumeDiffusionPipeline": 6, "TextureRefinementPipeline": 2}
+    assert calls == [name for name, count in stages.items() for _ in range(count)]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from PIL import Image
 
 from one2345pp import CameraRig, cli
 from one2345pp.data.shapes import shape
+from one2345pp.geometry.mesh import load_mesh
 from one2345pp.geometry.render import render
+from one2345pp.geometry.repair import is_solid
 from one2345pp.outputs import MESH_SUFFIXES, plan
 from one2345pp.pipelines import preprocess
 
@@ -48,7 +51,9 @@ def test_choices_are_those_of_their_sources():
     assert cli.BACKGROUNDS == preprocess.BACKGROUNDS
     assert cli.RIGS == CameraRig.names()
     from one2345pp.geometry import export
+    from one2345pp.geometry.render import SHADINGS
 
+    assert cli.SHADINGS == SHADINGS
     assert set(MESH_SUFFIXES) == set(export.WRITERS)
 
 
@@ -69,6 +74,9 @@ def test_choices_are_those_of_their_sources():
         ("generate mug.png -o a.glb --preview a.jpg", "--preview"),
         ("generate mug.png -o a.glb --preview nowhere/a.png", "nowhere does not exist"),
         ("generate mug.png -o a.glb --save-intermediates mug.png", "is a file"),
+        ("generate mug.png -o a.obj --unlit", "only a .glb"),
+        ("generate mug.png -o a.glb --shading normal", "--preview FILE"),
+        ("generate mug.png -o a.glb --preview a.png --shading shiny", "shiny"),
         ("generate mug.png -o a.glb --steps 0", "at least 1"),
         ("generate mug.png -o a.glb --steps many", "--steps"),
         ("generate mug.png -o a.glb --ste 3", "--ste"),
@@ -145,8 +153,37 @@ def test_generate_writes_everything_that_was_asked_for(place, tiny_chain_folder,
     assert (status, err) == (0, "")
     assert (place / "b.obj").is_file() and Image.open("b.gif").n_frames > 10
     texture = "--texture-steps 2 --texture-size 64 --quiet"
-    status, out, err = run(f"refine parts/coarse.ply parts -o c.glb {texture} {shared}", capsys)
-    assert (status, out, err) == (0, "", "")
+    preview = "--preview c.png --shading normal --shading wireframe"
+    status, out, err = run(f"refine parts/coarse.ply parts -o c.glb --unlit {preview} {texture} {shared}", capsys)
+    assert (status, out, err) == (0, "", "") and b"KHR_materials_unlit" in (place / "c.glb").read_bytes()
+    assert Image.open("c.png").height > Image.open("a.png").height > 300  # three rows, and two
+
+
+def test_mp4_without_its_extra_is_refused_before_any_work(place, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    status, out, err = run("generate mug.png -o a.glb --preview a.mp4", capsys)
+    assert (status, out) == (2, "") and "pip install 'one2345pp[video]'" in err and err.count("\n") == 1
+
+
+def test_watertight_files_for_printing(place, tiny_chain_folder, capsys):
+    """Oracle: what a slicer reads. A punched ball comes out closed, as STL with its volume, as GLB, which has cuts, welded."""
+    ball = trimesh.creation.icosphere(subdivisions=4, radius=0.4)
+    hole = np.linalg.norm(ball.triangles_center - [0, 0.4, 0], axis=1) < 0.05
+    trimesh.Trimesh(ball.vertices, ball.faces[~hole], process=False).export("punched.ply")
+    options = f"--texture-steps 1 --texture-size 64 --faces 1000 --quiet --model {tiny_chain_folder}"
+    for name in ("a.stl", "a.glb", "a.ply"):
+        status, out, err = run(f"refine punched.ply views -o {name} --watertight {options}", capsys)
+        assert (status, out, err) == (0, "", "")
+        mesh = load_mesh(name)
+        assert is_solid(mesh) and mesh.volume == pytest.approx(4 / 3 * np.pi * 0.4**3, rel=0.02)
+        assert len(mesh.faces) <= 1000
+    assert trimesh.load("a.ply", process=False).is_watertight  # one vertex a place, with nothing to weld
+    assert run(f"refine punched.ply views -o open.stl {options}", capsys)[0] == 0
+    assert not is_solid(load_mesh("open.stl"))
+    fast = FAST.replace("--steps 1 ", "")
+    shared = f"--no-refine {fast} --model {tiny_chain_folder} --quiet"
+    assert run(f"reconstruct views -o b.stl --watertight {shared}", capsys)[0] == 0
+    assert is_solid(load_mesh("b.stl"))
 
 
 def test_a_bad_input_does_not_stop_the_others(place, tiny_chain_folder, capsys):

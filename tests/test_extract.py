@@ -10,7 +10,9 @@ import torch
 import trimesh
 
 from one2345pp.errors import InputError
-from one2345pp.geometry.extract import keep_components, solidify, volume_to_mesh
+from one2345pp.geometry import extract
+from one2345pp.geometry.extract import finish_mesh, keep_components, solidify, volume_to_mesh
+from one2345pp.geometry.repair import weld
 from one2345pp.geometry.volume import SparseVolume, cell_centers
 
 
@@ -262,3 +264,50 @@ def test_solids_for_printing_come_from_anything(make, low, high):
 def test_a_solid_is_printed_as_it_is():
     mesh = trimesh.creation.icosphere(subdivisions=2)
     assert len(solidify(mesh).faces) == len(mesh.faces)
+
+
+def punched(mesh, radius):
+    """The mesh without the faces whose middle lies within `radius` of the +X axis, on that side: a hole or a tunnel's mouth."""
+    middle = mesh.triangles_center
+    hole = (middle[:, 0] > 0) & (np.linalg.norm(middle[:, 1:], axis=1) < radius)
+    return trimesh.Trimesh(mesh.vertices, mesh.faces[~hole], process=False)
+
+
+def punched_shell():
+    """A hollow ball whose outer and inner skins have small holes."""
+    outer = trimesh.creation.icosphere(subdivisions=4, radius=0.4)
+    inner = trimesh.creation.icosphere(subdivisions=3, radius=0.3)
+    inner.invert()
+    return trimesh.util.concatenate([punched(outer, 0.05), punched(inner, 0.04)])
+
+
+def test_a_punched_shell_is_finished_watertight_and_full(caplog):
+    """Oracle: the outer ball's volume, within the flat lid's cap and the budget; the inner skin that goes is named."""
+    with caplog.at_level(logging.WARNING):
+        mesh = finish_mesh(punched_shell(), 800, watertight=True)
+    assert mesh.is_watertight and mesh.body_count == 1 and 792 <= len(mesh.faces) <= 800
+    assert mesh.volume == pytest.approx(SPHERE * 0.4**3, rel=0.02)
+    assert "solidify: the mesh lost" in caplog.text
+
+
+def test_what_touches_along_an_edge_is_printed_without_rebuilding():
+    """Two cubes that share an edge: drawn apart, they keep their 24 faces and their volume."""
+    boxes = [trimesh.creation.box(bounds=[[i, i, 0], [i + 1, i + 1, 1]]) for i in (0, 1)]
+    pinched = weld(trimesh.util.concatenate(boxes))
+    solid = solidify(pinched)
+    assert not pinched.is_watertight and solid.is_watertight
+    assert len(solid.faces) == 24 and solid.volume == pytest.approx(2, rel=0.02)
+
+
+def test_finishing_nothing_changes_nothing():
+    mesh = punched_shell()
+    assert finish_mesh(mesh) is mesh
+
+
+def test_a_solid_that_a_budget_would_open_is_refused(monkeypatch):
+    """Oracle: a decimation that always loses a face."""
+    monkeypatch.setattr(
+        extract, "decimate", lambda mesh, faces: trimesh.Trimesh(mesh.vertices, mesh.faces[1:], process=False)
+    )
+    with pytest.raises(InputError, match="watertight within 100 faces. Allow more"):
+        finish_mesh(trimesh.creation.icosphere(), 100, watertight=True)

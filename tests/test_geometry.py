@@ -1,6 +1,8 @@
 """Rasterising, rendering and surface colours on shapes whose answer is known by hand."""
 
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -112,5 +114,67 @@ def test_sheet_and_turntable_are_written(quad, tmp_path):
     assert sheet.size == (3 * 34 + 2, 2 * 34 + 2)
     turntable(quad, tmp_path / "turn.gif", frames=3, size=16)
     assert Image.open(tmp_path / "turn.gif").n_frames == 3
+    turntable(quad, tmp_path / "pair.gif", frames=2, size=16, shadings=("none", "wireframe"))
+    assert Image.open(tmp_path / "pair.gif").size == (32, 16)
     with pytest.raises(InputError, match="gif"):
         turntable(quad, tmp_path / "turn.avi", frames=1, size=16)
+
+
+def test_normals_are_those_of_the_camera(quad):
+    """Oracle: a square that faces the camera is (0, 0, 1), turned by 60 degrees about y (sin 60, 0, cos 60), as n / 2 + 1 / 2."""
+    angle = math.radians(60)
+    turned = quad.copy()
+    turned.apply_transform(trimesh.transformations.rotation_matrix(angle, [0, 1, 0]))
+    for mesh, normal in ((quad, [0, 0, 1]), (turned, [math.sin(angle), 0, math.cos(angle)])):
+        pixel = render(mesh, FRONT, 16, shading="normal")[0][8, 8, :3]
+        assert pixel == pytest.approx((np.array(normal) + 1) * 127.5, abs=1)
+
+
+def test_wireframe_draws_the_edges_in_sight_and_nothing_else(quad):
+    """Oracle: the square's border and its one diagonal, a pixel wide; a hidden square behind it shows no line through."""
+    behind = trimesh.creation.box([0.3, 0.3, 0.01]).apply_translation([0, 0, -0.2])
+    plain = trimesh.Trimesh(quad.vertices, quad.faces, process=False)
+    for mesh in (plain, trimesh.util.concatenate([plain, behind])):
+        picture = render(mesh, FRONT, 64, shading="wireframe")[0].astype(int)
+        rows, columns = np.nonzero(picture[..., 3])
+        assert (rows.min(), rows.max(), columns.min(), columns.max()) == (16, 47, 16, 47)
+        dark = picture[16:48, 16:48, 0] < 140
+        i, j = np.indices(dark.shape)
+        border = (np.minimum(i, j) == 0) | (np.maximum(i, j) == 31)
+        assert dark[border].all() and dark[(i + j) == 31].all()
+        assert not dark[~border & (np.abs(i + j - 31) > 1)].any()
+        assert (picture[..., 0] == picture[..., 2]).all()  # grey, whatever the texture
+
+
+def test_dense_wireframes_stay_readable():
+    """Faces smaller than a line do not turn the surface black."""
+    ball = trimesh.creation.icosphere(subdivisions=6, radius=0.4)
+    picture = render(ball, FRONT, 32, shading="wireframe")[0]
+    assert picture[picture[..., 3] == 255][:, 0].mean() > 120
+
+
+def test_mp4_gets_every_frame(quad, tmp_path, monkeypatch):
+    """Oracle: the calls that imageio-ffmpeg documents: a start, then frames of width x height x 3 bytes, then the end."""
+    frames = []
+
+    def write_frames(path, size, fps):
+        assert size == (32, 16) and fps == 18
+        with open(path, "wb"):
+            while True:
+                frames.append((yield))
+
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", types.SimpleNamespace(write_frames=write_frames))
+    turntable(quad, tmp_path / "turn.mp4", frames=3, size=16, shadings=("soft", "normal"))
+    assert [len(np.ascontiguousarray(frame).tobytes()) for frame in frames] == [32 * 16 * 3] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["turn.mp4"]
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(InputError, match=r"one2345pp\[video\]"):
+        turntable(quad, tmp_path / "other.mp4", frames=1, size=16)
+
+
+def test_a_real_mp4_is_written(quad, tmp_path):
+    """Oracle: the encoder reads back the size and the number of frames."""
+    ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    turntable(quad, tmp_path / "turn.mp4", frames=6, size=32)
+    reader = ffmpeg.read_frames(str(tmp_path / "turn.mp4"))
+    assert next(reader)["size"] == (32, 32) and len(list(reader)) == 6

@@ -7,6 +7,7 @@ import pytest
 import trimesh
 
 from one2345pp.errors import InputError
+from one2345pp.geometry import repair
 from one2345pp.geometry.repair import decimate, is_solid, remove_degenerate, repair_mesh, weld
 
 
@@ -139,6 +140,20 @@ def test_a_lost_part_of_the_surface_is_named(caplog):
         assert not caplog.records
         decimate(colored_ball(), 20)
     assert "decimate: the mesh lost" in caplog.text
+
+
+def test_a_closed_mesh_that_decimation_opens_is_named(monkeypatch, caplog):
+    """Oracle: a collapse that always loses two faces."""
+    collapsed = repair._collapsed
+
+    def torn(mesh, target, aggressiveness):
+        out = collapsed(mesh, target, aggressiveness)
+        return trimesh.Trimesh(out.vertices, out.faces[2:], process=False)
+
+    monkeypatch.setattr(repair, "_collapsed", torn)
+    with caplog.at_level(logging.WARNING):
+        small = decimate(colored_ball(3), 600)
+    assert not small.is_watertight and "was closed and has holes at" in caplog.text
 
 
 def test_decimate_refuses_budgets_below_a_tetrahedron():

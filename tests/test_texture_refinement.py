@@ -13,6 +13,7 @@ from one2345pp import CameraRig, TextureRefinementPipeline
 from one2345pp.errors import InputError
 from one2345pp.geometry.mesh import surface_colors
 from one2345pp.geometry.rasterize import rasterize
+from one2345pp.geometry.repair import is_solid
 
 
 GREY, RADIUS, VIEW = 0.5, 0.4, 48
@@ -190,6 +191,19 @@ def test_geometry_is_untouched_and_the_budget_kept(pipe, front_rig):
     assert small.visual.material.metallicFactor == 0 and small.visual.material.roughnessFactor == 1
 
 
+def test_a_punched_shell_is_painted_watertight(pipe, front_rig):
+    """Oracle: trimesh on the welded mesh, and the ball's volume. Without the option the hole stays; cuts of charts are none."""
+    ball = grey_ball(4)
+    hole = np.linalg.norm(ball.triangles_center - [0, RADIUS, 0], axis=1) < 0.05
+    punched = trimesh.Trimesh(ball.vertices, ball.faces[~hole], vertex_colors=ball.visual.vertex_colors, process=False)
+    views, options = photograph(punched, front_rig), {"num_inference_steps": 1, "max_faces": 1000}
+    closed = pipe(punched, views, front_rig, watertight=True, generator=seeded(), **options).meshes[0]
+    whole = trimesh.Trimesh(closed.vertices, closed.faces, process=True, merge_tex=True, merge_norm=True)
+    assert whole.is_watertight and whole.volume == pytest.approx(4 / 3 * math.pi * RADIUS**3, rel=0.02)
+    assert 990 <= len(closed.faces) <= 1000 and texture(closed).size == (128, 128)
+    assert not is_solid(pipe(punched, views, front_rig, generator=seeded(), **options).meshes[0])
+
+
 def test_no_steps_bake_the_meshs_own_colors(pipe, front_rig):
     ball = grey_ball()
     views = photograph(ball, front_rig)
@@ -231,6 +245,79 @@ def test_callback_sees_every_step_and_works_in_inference_mode(pipe, front_rig):
             callback_on_step_end=lambda pipe, step, t, kwargs: losses.append(kwargs["loss"]),
         )
     assert len(losses) == 30 and losses[-1] < losses[0] / 2
+
+
+def test_an_interrupted_fit_is_baked_as_far_as_it_came(pipe, front_rig):
+    ball, calls = grey_ball(2), []
+
+    def stop(pipe, step, t, kwargs):
+        calls.append(step)
+        pipe._interrupt = step == 4
+
+    out = pipe(
+        ball,
+        photograph(ball, front_rig),
+        front_rig,
+        num_inference_steps=30,
+        generator=seeded(),
+        callback_on_step_end=stop,
+    )
+    assert calls == [0, 1, 2, 3, 4] and texture(out.meshes[0]).size == (128, 128)
+
+
+def test_a_loss_that_stalls_ends_the_fit(front_rig):
+    """A gain that no fit has ends it after two windows; without a window it runs on, as it does while losses fall."""
+    ball, counts = grey_ball(2), []
+    for window, gain in ((4, 1.0), (4, -9.0), (0, 1.0)):
+        small = {"resolution": 8, "components": 2, "feature_channels": 4, "hidden": 8, "batch_size": 64}
+        pipe, steps = TextureRefinementPipeline(stall_steps=window, stall_gain=gain, **small), []
+        pipe.set_progress_bar_config(disable=True)
+        pipe(
+            ball,
+            photograph(ball, front_rig),
+            front_rig,
+            num_inference_steps=20,
+            texture_size=32,
+            generator=seeded(),
+            callback_on_step_end=lambda pipe, step, t, kwargs, steps=steps: steps.append(step),
+        )
+        counts.append(len(steps))
+    assert counts == [8, 20, 20]
+
+
+def test_a_stall_is_told_from_noise_by_means_of_windows():
+    """Oracle: losses that fall by 20% or by 2% a window of five, under noise of 10% a step: only the second has stalled."""
+    noise = torch.tensor([1.1, 0.9, 1.05, 0.95, 1.0]).repeat(4)
+    window = torch.arange(20) // 5
+    pipe = TextureRefinementPipeline(stall_steps=5, stall_gain=0.05)
+    assert not pipe.has_stalled(list(noise * 0.8**window))
+    assert pipe.has_stalled(list(noise * 0.98**window))
+    assert not pipe.has_stalled(list(noise * 0.98**window)[:18]) and not pipe.has_stalled(list(noise)[:5])
+
+
+def test_trust_falls_with_the_angle_and_towards_silhouettes():
+    """Oracle: a ball's own geometry. A ray that passes its centre at b of its radius meets it at a cosine of sqrt(1 - b^2); the
+    silhouette is a circle, from which trust rises over as many pixels of the view as asked."""
+    ball = grey_ball(5)
+    distance, size = 0.5 / math.tan(math.radians(15)), 64
+    rig = CameraRig.from_angles([0], [0], math.radians(30), distance)
+    views = photograph(ball, rig, size)
+
+    def trust(**settings):
+        return TextureRefinementPipeline(**settings).observe(ball, views, rig)[0].weights[0].numpy()
+
+    weights = trust(facing_power=2.0, silhouette=1.0)
+    x = (np.arange(len(weights)) + 0.5) / len(weights) * 2 - 1
+    tangent = np.hypot(*np.meshgrid(x, x)) * math.tan(math.radians(15))
+    nearest = distance * np.sin(np.arctan(tangent)) / RADIUS  # b
+    rim = math.tan(math.asin(RADIUS / distance))
+    inside = (rim - tangent) / math.tan(math.radians(15)) * size / 2  # pixels of the view from the silhouette
+    deep = inside > 2
+    np.testing.assert_allclose(weights[deep], 1 - nearest[deep] ** 2, atol=0.02)
+    assert (weights[inside < -0.5] == 0).all()
+    weights = trust(facing_power=0.0, silhouette=10.0)
+    near = np.abs(inside) < 9
+    np.testing.assert_allclose(weights[near], inside[near].clip(0) / 10, atol=0.1)  # masks are jagged by a pixel
 
 
 def test_wrong_input_is_refused_before_any_work(pipe, front_rig):

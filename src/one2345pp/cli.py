@@ -11,6 +11,7 @@ from . import __version__
 
 # Spelled out, so that --help imports nothing heavy; a test compares them with their sources.
 BACKGROUNDS = ("auto", "alpha", "key", "rembg")
+SHADINGS = ("soft", "none", "normal", "wireframe")
 RIGS = ("zero123plus-v1.2", "zero123plus-v1.1")
 
 
@@ -209,10 +210,14 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 def _add_mesh(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("mesh")
     group.add_argument("--faces", type=positive, metavar="N", help="most triangles")
+    group.add_argument("--watertight", action="store_true", help="close the mesh, for printing")
+    group.add_argument("--unlit", action="store_true", help="a .glb whose colours viewers show as they are")
     group.add_argument("--texture-steps", type=positive, metavar="N", help="steps of the texture refinement")
     group.add_argument("--texture-size", type=positive, metavar="N", help="pixels")
     text = "also write a picture (.png) or a turntable (.gif .mp4); several inputs: FILE-<stem>"
     group.add_argument("--preview", type=Path, metavar="FILE", help=text)
+    text = "how the preview shows the mesh; given several times, a row or column for each; defaults to soft"
+    group.add_argument("--shading", action="append", choices=SHADINGS, help=text)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def generate(args: argparse.Namespace) -> int:
         raise InputError("generate: pass either images, or --prompt with --text-to-image.")
     if args.prompt is not None and args.text_to_image is None:
         raise InputError("--prompt: needs --text-to-image MODEL, a diffusers text-to-image pipeline.")
-    jobs = plan(args.images or [Path(_slug(args.prompt))], args.output, args.preview, args.save_intermediates)
+    jobs = _plan(args.images or [Path(_slug(args.prompt))], args, args.save_intermediates)
     model, statuses = _find_model(args.model), []
     if args.prompt is None:  # know what cannot be used before the model is loaded
         from .pipelines.preprocess import isolate_object
@@ -66,6 +66,7 @@ def generate(args: argparse.Namespace) -> int:
             num_texture_steps=args.texture_steps,
             texture_size=args.texture_size,
             max_faces=args.faces,
+            watertight=args.watertight,
             refine=args.refine,
             background=args.background,
             elevation=args.elevation,
@@ -78,9 +79,10 @@ def generate(args: argparse.Namespace) -> int:
 
 def reconstruct(args: argparse.Namespace) -> int:
     """Views with cameras to a mesh."""
+    from .geometry.extract import finish_mesh
     from .pipelines.preprocess import frame_object, isolate_object, load_views
 
-    jobs = plan([args.views], args.output, args.preview, args.save_intermediates)
+    jobs = _plan([args.views], args, args.save_intermediates)
     model = _find_model(args.model)
     views, rig = load_views(args.views, args.rig)
     image = None if args.image is None else frame_object(isolate_object(args.image))
@@ -101,7 +103,7 @@ def reconstruct(args: argparse.Namespace) -> int:
         if args.refine:
             mesh = _refined(pipe.texture, coarse, views, rig, args, generator)
         else:
-            mesh = _simplified(coarse, args.faces)
+            mesh = finish_mesh(coarse, args.faces, args.watertight)
         job.write(mesh, views, rig, solid.volumes[0], coarse)
 
     return run_all(jobs, run, args.quiet)
@@ -114,7 +116,7 @@ def refine(args: argparse.Namespace) -> int:
     from .pipelines.pipeline_texture_refinement import TextureRefinementPipeline
     from .pipelines.preprocess import load_views
 
-    jobs = plan([args.mesh], args.output, args.preview)
+    jobs = _plan([args.mesh], args)
     _hush(args)
     mesh, (views, rig) = load_mesh(args.mesh), load_views(args.views, args.rig)
     config = One2345PlusPlusPipeline.load_config(_find_model(args.model))
@@ -346,6 +348,11 @@ def _hush(args: argparse.Namespace) -> None:
 # --- small ----------------------------------------------------------------------------------------------------------
 
 
+def _plan(sources: list[Path], args: argparse.Namespace, intermediates: Path | None = None) -> list[Job]:
+    """Where the outputs go, and what the options say of them."""
+    return plan(sources, args.output, args.preview, intermediates, args.unlit, args.shading)
+
+
 def _refined(texture, mesh, views, rig, args: argparse.Namespace, generator, **kwargs) -> trimesh.Trimesh:
     """The mesh with a texture painted from the views, as the options say."""
     return texture(
@@ -355,16 +362,11 @@ def _refined(texture, mesh, views, rig, args: argparse.Namespace, generator, **k
         num_inference_steps=args.texture_steps,
         texture_size=args.texture_size,
         max_faces=args.faces,
+        watertight=args.watertight,
         generator=generator,
         device=_device(args.device),
         **kwargs,
     ).meshes[0]
-
-
-def _simplified(mesh: trimesh.Trimesh, faces: int | None) -> trimesh.Trimesh:
-    from .geometry.extract import decimate
-
-    return mesh if faces is None else decimate(mesh, faces)
 
 
 def _names_of_split(table: Path, split: str) -> set[str]:

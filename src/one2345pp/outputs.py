@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +36,8 @@ class Job:
     mesh: Path
     preview: Path | None
     intermediates: Path | None
+    unlit: bool = False
+    shadings: Sequence[str] = ("soft",)
 
     def write(
         self,
@@ -50,13 +52,18 @@ class Job:
 
         if self.intermediates is not None:
             _write_intermediates(self.intermediates, views, rig, volume, coarse)
-        export_mesh(mesh, self.mesh)
+        export_mesh(mesh, self.mesh, unlit=self.unlit)
         if self.preview is not None:
-            _write_preview(self.preview, mesh, views, rig)
+            _write_preview(self.preview, mesh, views, rig, self.shadings)
 
 
 def plan(
-    sources: list[Path], output: Path, preview: Path | None = None, intermediates: Path | None = None
+    sources: list[Path],
+    output: Path,
+    preview: Path | None = None,
+    intermediates: Path | None = None,
+    unlit: bool = False,
+    shadings: Sequence[str] | None = None,
 ) -> list[Job]:
     """Where every output goes; refuses what could not be written, before any work."""
     many = len(sources) > 1
@@ -65,6 +72,10 @@ def plan(
         raise InputError(f"-o {output}: got {output.suffix!r}, expected {', '.join(MESH_SUFFIXES)}, or a folder.")
     if to_file and many:
         raise InputError(f"-o {output}: is one file, but there are {len(sources)} inputs. Pass a folder.")
+    if unlit and to_file and output.suffix.lower() != ".glb":
+        raise InputError(f"--unlit: only a .glb can be unlit, but -o is {output}.")
+    if shadings and preview is None:
+        raise InputError("--shading: is of a preview. Pass --preview FILE as well.")
     if preview is not None:
         if preview.suffix.lower() not in PREVIEW_SUFFIXES:
             raise InputError(f"--preview {preview}: got {preview.suffix!r}, expected {', '.join(PREVIEW_SUFFIXES)}.")
@@ -84,6 +95,8 @@ def plan(
             output if to_file else output / f"{stem}.glb",
             preview.with_name(f"{preview.stem}-{stem}{preview.suffix}") if preview and many else preview,
             intermediates / stem if intermediates and many else intermediates,
+            unlit,
+            shadings or ("soft",),
         )
         for source, stem in zip(sources, _distinct_stems(sources), strict=True)
     ]
@@ -177,15 +190,18 @@ def _write_intermediates(folder: Path, views, rig, volume, coarse) -> None:
     export_mesh(coarse, folder / "coarse.ply")
 
 
-def _write_preview(path: Path, mesh: trimesh.Trimesh, views: list[Image], rig: CameraRig) -> None:
-    """Views above the mesh seen by the same cameras; or the mesh turning."""
+def _write_preview(
+    path: Path, mesh: trimesh.Trimesh, views: list[Image], rig: CameraRig, shadings: Sequence[str]
+) -> None:
+    """Views above the mesh seen by the same cameras, a row for each shading; or the mesh turning."""
     from .geometry.render import contact_sheet, render, turntable
 
     if path.suffix.lower() != ".png":
-        turntable(mesh, path)
+        turntable(mesh, path, shadings=shadings)
         return
     count = min(len(views), PREVIEW_VIEWS)
-    sheet = contact_sheet([views[:count], list(render(mesh, rig[:count], PREVIEW_SIZE))], size=PREVIEW_SIZE)
+    rows = [list(render(mesh, rig[:count], PREVIEW_SIZE, shading=shading)) for shading in shadings]
+    sheet = contact_sheet([views[:count], *rows], size=PREVIEW_SIZE)
     partial = path.with_name(path.name + ".part")
     sheet.save(partial, format="PNG")
     partial.replace(path)

@@ -9,6 +9,7 @@ import io
 import math
 import re
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +18,42 @@ from PIL import Image
 
 from ..errors import InputError
 from .mesh import surface_colors
+from .repair import to_rgba8
 
 
 CREASE = np.cos(np.radians(30.0))  # normals of a cut are joined where the surfaces meet at less than this angle
 
 
-def export_mesh(mesh: trimesh.Trimesh, path: str | Path) -> Path:
+@dataclass(frozen=True)
+class Surface:
+    """How a surface takes light. Nothing that leaves the package is metallic unless a texture says so.
+
+    Args:
+        roughness: From 0, a mirror, to 1.
+        unlit: Colours are shown as they are.
+    """
+
+    roughness: float
+    unlit: bool
+
+
+def export_mesh(mesh: trimesh.Trimesh, path: str | Path, roughness: float | None = None, unlit: bool = False) -> Path:
     """Write a mesh; an interrupted write leaves no half file under the final name.
 
     GLB and USDZ hold the texture; OBJ has an `.mtl` and a `.png` of the same name beside it; PLY has vertex colours,
-    read off the texture where there is one; STL has neither.
+    read off the texture where there is one, and its vertices joined there; STL has neither.
+
+    Args:
+        mesh: With a texture, vertex or face colours, or none.
+        path: `.glb`, `.obj`, `.ply`, `.stl` or `.usdz`.
+        roughness: In GLB and USDZ, from 0 to 1. By default that of the mesh's material, and 1 without one.
+        unlit: GLB only: viewers show the colours as they are (`KHR_materials_unlit`), for textures that have their light in them.
 
     Returns:
         The path written.
 
     Raises:
-        InputError: If the suffix is not one of these, or the mesh is empty or not finite.
+        InputError: If the suffix is not one of these, the mesh is empty or not finite, or the file cannot have such a surface.
     """
     path = Path(path)
     writer = WRITERS.get(path.suffix.lower())
@@ -41,8 +62,15 @@ def export_mesh(mesh: trimesh.Trimesh, path: str | Path) -> Path:
         raise InputError(f"{path}: cannot write a mesh as {got}. Use one of {', '.join(WRITERS)}.")
     if len(mesh.faces) == 0 or not np.isfinite(mesh.vertices).all():
         raise InputError(f"{path}: the mesh has no faces, or vertices that are not finite, so it is not written.")
+    if unlit and path.suffix.lower() != ".glb":
+        raise InputError(f"{path}: cannot be unlit, only a .glb can. Write one, or do without unlit.")
+    if roughness is None:
+        own = getattr(getattr(mesh.visual, "material", None), "roughnessFactor", None)
+        roughness = 1.0 if own is None else own
+    if not 0 <= roughness <= 1:
+        raise InputError(f"roughness: got {roughness}, expected 0 to 1.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = writer(_bare(mesh), re.sub(r"[^\w.-]", "_", path.stem))
+    files = writer(_bare(mesh), Surface(float(roughness), unlit), re.sub(r"[^\w.-]", "_", path.stem))
     for name, data in files.items():  # the mesh itself comes last, so it never names a file that is not there
         target = path if name == "" else path.parent / name
         partial = target.with_name(f".{target.name}.part")
@@ -51,14 +79,31 @@ def export_mesh(mesh: trimesh.Trimesh, path: str | Path) -> Path:
     return path
 
 
-# --- one writer a format: (mesh, stem) to {file name: bytes}, "" for the mesh's own file, last -------------------
+# --- one writer a format: (mesh, surface, stem) to {file name: bytes}, "" for the mesh's own file, last -------------------
 
 
-def _glb(mesh: trimesh.Trimesh, stem: str) -> dict[str, bytes]:
-    return {"": mesh.export(file_type="glb", include_normals=True)}
+def _glb(mesh: trimesh.Trimesh, surface: Surface, stem: str) -> dict[str, bytes]:
+    def dress(tree: dict) -> None:
+        """Give everything a material: glTF's own default is a metal."""
+        primitives = [primitive for one in tree["meshes"] for primitive in one["primitives"]]
+        if any("material" not in primitive for primitive in primitives):
+            tree.setdefault("materials", []).append({"name": "surface"})
+        for primitive in primitives:
+            primitive.setdefault("material", len(tree["materials"]) - 1)
+        for material in tree["materials"]:
+            light = material.setdefault("pbrMetallicRoughness", {})
+            if "metallicRoughnessTexture" not in light:
+                light.setdefault("metallicFactor", 0.0)
+            light["roughnessFactor"] = surface.roughness
+            if surface.unlit:
+                material["extensions"] = {"KHR_materials_unlit": {}}
+        if surface.unlit:
+            tree["extensionsUsed"] = [*tree.get("extensionsUsed", []), "KHR_materials_unlit"]
+
+    return {"": trimesh.exchange.gltf.export_glb(mesh, include_normals=True, tree_postprocessor=dress)}
 
 
-def _obj(mesh: trimesh.Trimesh, stem: str) -> dict[str, bytes]:
+def _obj(mesh: trimesh.Trimesh, surface: Surface, stem: str) -> dict[str, bytes]:
     material = getattr(mesh.visual, "material", None)
     if material is not None:
         simple = material.to_simple() if hasattr(material, "to_simple") else material
@@ -74,21 +119,26 @@ def _obj(mesh: trimesh.Trimesh, stem: str) -> dict[str, bytes]:
     return {**extra, "": text.encode()}
 
 
-def _ply(mesh: trimesh.Trimesh, stem: str) -> dict[str, bytes]:
-    plain = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
-    opaque = np.ones((len(mesh.vertices), 1))
-    plain.visual.vertex_colors = np.rint(np.concatenate([_vertex_colors(mesh), opaque], 1) * 255).astype(np.uint8)
+def _ply(mesh: trimesh.Trimesh, surface: Surface, stem: str) -> dict[str, bytes]:
+    vertices, faces, colors = np.asarray(mesh.vertices), np.asarray(mesh.faces), _vertex_colors(mesh)
+    if _texture(mesh) is not None:  # its cuts mean nothing here, and would make a closed mesh look open
+        vertices, first, place = np.unique(vertices, axis=0, return_index=True, return_inverse=True)
+        faces, colors = place.reshape(-1)[faces], colors[first]
+    plain = trimesh.Trimesh(vertices, faces, process=False)
+    plain.visual.vertex_colors = to_rgba8(colors)
     return {"": trimesh.exchange.ply.export_ply(plain, vertex_normal=False)}
 
 
-def _stl(mesh: trimesh.Trimesh, stem: str) -> dict[str, bytes]:
+def _stl(mesh: trimesh.Trimesh, surface: Surface, stem: str) -> dict[str, bytes]:
     return {"": trimesh.exchange.stl.export_stl(mesh)}
 
 
-def _usdz(mesh: trimesh.Trimesh, stem: str) -> dict[str, bytes]:
+def _usdz(mesh: trimesh.Trimesh, surface: Surface, stem: str) -> dict[str, bytes]:
     """USDA text and the texture in an uncompressed zip, each file's data aligned to 64 bytes (USDZ specification)."""
     image = _texture(mesh)
-    files = {"scene.usda": _usda(mesh, image is not None).encode()}  # the first file is the one that is opened
+    files = {
+        "scene.usda": _usda(mesh, surface.roughness, image is not None).encode()
+    }  # the first file is the one that is opened
     if image is not None:
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, format="png")
@@ -138,7 +188,7 @@ def _vertex_colors(mesh: trimesh.Trimesh) -> np.ndarray:
     return colors
 
 
-def _usda(mesh: trimesh.Trimesh, textured: bool) -> str:
+def _usda(mesh: trimesh.Trimesh, roughness: float, textured: bool) -> str:
     """A USD stage with one mesh and a UsdPreviewSurface material; without a texture it shows the vertex colours."""
     if textured:
         output, shaders = "rgb", USDA_TEXTURE
@@ -154,6 +204,7 @@ def _usda(mesh: trimesh.Trimesh, textured: bool) -> str:
         normals=_tuples(mesh.vertex_normals),
         extent=_tuples(mesh.bounds),
         looks=looks,
+        roughness=f"{roughness:g}",
         output=output,
         shaders=shaders,
     )
@@ -198,7 +249,7 @@ def Xform "Object" (kind = "component")
             uniform token info:id = "UsdPreviewSurface"
             color3f inputs:diffuseColor.connect = </Object/Material/Color.outputs:{output}>
             float inputs:metallic = 0
-            float inputs:roughness = 1
+            float inputs:roughness = {roughness}
             token outputs:surface
         }}
 {shaders}

@@ -15,12 +15,12 @@ from scipy.spatial import cKDTree
 from ..errors import InputError
 from .harmonic import harmonic_extension
 from .mesh import normalize_to_sphere
-from .repair import decimate, is_solid, keep_components, repair_mesh, report_loss, to_rgba8
+from .repair import decimate, draw_apart, is_solid, keep_components, repair_mesh, report_loss, to_rgba8
 from .volume import SparseVolume
 from .voxelize import SurfaceCloud
 
 
-__all__ = ["decimate", "keep_components", "solid_sdf", "solidify", "volume_to_mesh"]
+__all__ = ["decimate", "finish_mesh", "keep_components", "solid_sdf", "solidify", "volume_to_mesh"]
 
 
 def volume_to_mesh(volume: SparseVolume, min_component: float = 0.01) -> trimesh.Trimesh:
@@ -78,18 +78,37 @@ def solid_sdf(volume: SparseVolume) -> np.ndarray:
 def solidify(mesh: trimesh.Trimesh, resolution: int = 128) -> trimesh.Trimesh:
     """A closed, outward-wound solid for printing: the repaired mesh if it is one, else one rebuilt from its outer surface.
 
-    What is rebuilt has vertex colours, details down to `1 / resolution` of the object, and no inner surfaces.
+    It has no inner shells. What is rebuilt has vertex colours and details down to `1 / resolution` of the object.
     """
-    whole = repair_mesh(mesh)
+    whole = draw_apart(repair_mesh(mesh))
     if is_solid(whole):
-        return whole
+        return report_loss("solidify", mesh, keep_components(whole, min_share=0))
     used = np.unique(whole.faces)
     unit = normalize_to_sphere(whole)
     low, high = whole.vertices[used].min(0), whole.vertices[used].max(0)
     scale = np.linalg.norm(high - low) / max(np.linalg.norm(np.ptp(unit.vertices[used], axis=0)), 1e-30)
-    out = volume_to_mesh(SurfaceCloud.from_mesh(unit).volume(resolution, 3.2 / resolution))
+    out = draw_apart(volume_to_mesh(SurfaceCloud.from_mesh(unit).volume(resolution, 3.2 / resolution)))
     out.vertices = out.vertices * scale + (low + high) / 2
     return report_loss("solidify", mesh, out)
+
+
+def finish_mesh(mesh: trimesh.Trimesh, max_faces: int | None = None, watertight: bool = False) -> trimesh.Trimesh:
+    """The mesh as it was asked for: closed, then within its face budget. Asked for neither, it is returned as it is.
+
+    Args:
+        mesh: Triangles of any kind.
+        max_faces: See `decimate`.
+        watertight: Make it a solid for printing (`solidify`), which it stays within the budget.
+
+    Raises:
+        InputError: If the budget cannot be met, or not without opening the solid.
+    """
+    mesh = solidify(mesh) if watertight else mesh
+    out = mesh if max_faces is None else decimate(mesh, max_faces)
+    if watertight and not is_solid(out):
+        within = "" if max_faces is None else f" within {max_faces} faces"
+        raise InputError(f"mesh: cannot be made watertight{within}. Allow more faces, or do without watertight.")
+    return out
 
 
 # --- colours ----------------------------------------------------------------------------------------------------

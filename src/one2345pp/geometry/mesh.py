@@ -20,7 +20,10 @@ def load_mesh(path: str | Path) -> trimesh.Trimesh:
     if not path.is_file():
         raise InputError(f"{path}: no such mesh file.")
     try:
-        mesh = trimesh.load(path, force="mesh", process=False)
+        scene = trimesh.load(path, force="scene", process=False)
+        for one in scene.geometry.values():
+            _restore_vertex_colors(one)
+        mesh = scene.to_mesh()
     except Exception as error:  # trimesh raises whatever its many parsers raise
         raise InputError(f"{path}: cannot be read as a mesh ({error}). Pass GLB, OBJ, PLY or STL.") from error
     if not isinstance(mesh, trimesh.Trimesh) or len(mesh.faces) == 0:
@@ -70,6 +73,18 @@ def surface_colors(
         colors = np.asarray(visual.vertex_colors)[:, :3].astype(np.float32) / 255
         return np.einsum("pij,pi->pj", colors[faces], barycentrics.astype(np.float32))
     return np.full((len(face_ids), 3), 0.6, np.float32)
+
+
+def _restore_vertex_colors(mesh: trimesh.Trimesh) -> None:
+    """Give a mesh the vertex colours that its GLB had beside a material without a texture; trimesh sets them aside."""
+    colors = getattr(mesh.visual, "vertex_attributes", {}).get("color")
+    if colors is None or len(colors) != len(mesh.vertices):
+        return
+    image, factor = _base_color(mesh.visual.material)
+    if image is None:
+        colors = trimesh.visual.color.to_rgba(colors)
+        colors[:, :3] = np.rint(colors[:, :3] * factor)
+        mesh.visual = trimesh.visual.ColorVisuals(mesh, vertex_colors=colors)
 
 
 def _base_color(material) -> tuple[np.ndarray | None, np.ndarray]:

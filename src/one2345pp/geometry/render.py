@@ -1,4 +1,4 @@
-"""Pictures of meshes: supersampled textured views, contact sheets, turntables. Rasterising lives in `rasterize`."""
+"""Pictures of meshes: supersampled views, sheets of them, turntables; shaded, or of normals or edges. `rasterize` rasterises."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ import trimesh
 from PIL import Image
 
 from ..errors import InputError
-from .cameras import CameraRig
+from .cameras import CameraRig, project
 from .mesh import surface_colors
-from .rasterize import rasterize
+from .rasterize import Fragments, rasterize
 
+
+SHADINGS = ("soft", "none", "normal", "wireframe")
 
 # Direction to the key light in the camera's frame (over the left shoulder), and how much of the colour it decides.
 KEY_LIGHT = np.array([-0.35, 0.55, 0.75], np.float32) / np.linalg.norm([-0.35, 0.55, 0.75])
 AMBIENT, DIFFUSE = 0.72, 0.36
+
+CLAY, INK = 0.85, 0.8  # grey of a wireframe's surface, and how much darker its lines are
+LINE = 0.5  # pixels from an edge to the border of its line
 
 
 def render(
@@ -38,35 +43,23 @@ def render(
         rig: `V` cameras.
         size: Height and width of the pictures in pixels.
         supersample: Rays along each side of a pixel.
-        shading: `"soft"` (headlight, both sides of a face lit), `"none"` (flat colours) or `"normal"` (camera-space normals).
+        shading: `"soft"` (headlight, both sides of a face lit), `"none"` (flat colours), `"normal"` (camera-space normals)
+            or `"wireframe"` (edges of the faces in sight on grey; fainter where faces are smaller than a line).
         rasterizer: As `rasterize`.
         light: Direction to a light fixed in the world, for `"soft"`; the default light moves with the camera.
 
     Returns:
         `[V, size, size, 4]` uint8, straight alpha, sRGB. Colours of half-covered pixels are those of the covered part.
     """
-    if shading not in ("soft", "none", "normal"):
-        raise InputError(f"shading: got {shading!r}, expected 'soft', 'none' or 'normal'.")
+    if shading not in SHADINGS:
+        raise InputError(f"shading: got {shading!r}, expected {', '.join(map(repr, SHADINGS))}.")
     fine = size * supersample
-    normals = np.asarray(mesh.face_normals, np.float32)
     out = np.zeros((len(rig), size, size, 4), np.uint8)
-    rotations = rig.camera_to_world[:, :3, :3].numpy()
     for view in range(len(rig)):
         fragments = rasterize(mesh, rig[view], fine, rasterizer=rasterizer)
-        mask = fragments.mask[0]
-        ids = fragments.face_ids[0][mask]
-        camera_normals = normals[ids] @ rotations[view]  # rows are R^T n
-        camera_normals *= np.where(camera_normals[:, 2:] < 0, -1, 1)  # a face is seen from whichever side looks at us
-        if shading == "normal":
-            colors = camera_normals * 0.5 + 0.5
-        else:
-            colors = surface_colors(mesh, ids, fragments.barycentrics[0][mask])
-            if shading == "soft":
-                key = KEY_LIGHT if light is None else light @ rotations[view]
-                lit = AMBIENT + DIFFUSE * np.clip(camera_normals @ key.astype(np.float32), 0, 1)
-                colors = colors * lit[:, None]
+        colors = _shaded(mesh, rig[view], fragments, shading, light, LINE * supersample)
         picture = np.zeros((fine, fine, 4), np.float32)
-        picture[mask] = np.concatenate([np.clip(colors, 0, 1), np.ones((len(ids), 1), np.float32)], 1)
+        picture[fragments.mask[0]] = np.concatenate([np.clip(colors, 0, 1), np.ones((len(colors), 1), np.float32)], 1)
         picture = picture.reshape(size, supersample, size, supersample, 4).mean((1, 3))
         picture[..., :3] /= np.maximum(picture[..., 3:], 1e-6)
         out[view] = np.round(picture * 255).astype(np.uint8)
@@ -99,11 +92,18 @@ def orbit(views: int, elevation: float = 15.0, fov: float = math.radians(30), ma
     return CameraRig.from_angles(azimuths, elevation, fov, margin * 0.5 / math.sin(fov / 2))
 
 
-def turntable(mesh: trimesh.Trimesh, path: str | Path, frames: int = 36, size: int = 256, fps: int = 18) -> None:
-    """Write a turning view of the mesh as `.gif`, or as `.mp4` (needs the `[video]` extra)."""
+def turntable(
+    mesh: trimesh.Trimesh,
+    path: str | Path,
+    frames: int = 36,
+    size: int = 256,
+    fps: int = 18,
+    shadings: Sequence[str] = ("soft",),
+) -> None:
+    """Write a turning view of the mesh as `.gif`, or as `.mp4` (needs the `[video]` extra); several shadings lie side by side."""
     path = Path(path)
     pictures = []
-    for view in render(mesh, orbit(frames), size):
+    for view in np.concatenate([render(mesh, orbit(frames), size, shading=shading) for shading in shadings], 2):
         alpha = view[..., 3:].astype(np.float32) / 255
         pictures.append(np.round(view[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8))
     partial = path.with_name(f".{path.stem}.part{path.suffix}")
@@ -117,7 +117,7 @@ def turntable(mesh: trimesh.Trimesh, path: str | Path, frames: int = 36, size: i
             raise InputError(
                 f"{path}: MP4 needs the video extra: pip install 'one2345pp[video]', or ask for .gif."
             ) from None
-        writer = imageio_ffmpeg.write_frames(str(partial), (size, size), fps=fps)
+        writer = imageio_ffmpeg.write_frames(str(partial), (len(shadings) * size, size), fps=fps)
         writer.send(None)
         for picture in pictures:
             writer.send(np.ascontiguousarray(picture))
@@ -125,3 +125,49 @@ def turntable(mesh: trimesh.Trimesh, path: str | Path, frames: int = 36, size: i
     else:
         raise InputError(f"{path}: a turntable is a .gif or an .mp4.")
     partial.replace(path)
+
+
+# --- shading ----------------------------------------------------------------------------------------------------
+
+
+def _shaded(
+    mesh: trimesh.Trimesh,
+    camera: CameraRig,
+    fragments: Fragments,
+    shading: str,
+    light: np.ndarray | None,
+    line: float,
+) -> np.ndarray:
+    """Colours of the pixels of one view that see the mesh, `[P, 3]`."""
+    mask = fragments.mask[0]
+    ids, rotation = fragments.face_ids[0][mask], camera.camera_to_world[0, :3, :3].numpy()
+    normals = np.asarray(mesh.face_normals, np.float32)[ids] @ rotation  # rows are R^T n
+    normals *= np.where(normals[:, 2:] < 0, -1, 1)  # a face is seen from whichever side looks at us
+    if shading == "normal":
+        return normals * 0.5 + 0.5
+    if shading == "wireframe":
+        colors = np.repeat(CLAY * (1 - INK * _ink(mesh, camera, ids, mask, line)[:, None]), 3, 1)
+    else:
+        colors = surface_colors(mesh, ids, fragments.barycentrics[0][mask])
+    if shading == "none":
+        return colors
+    key = KEY_LIGHT if light is None else light @ rotation
+    return colors * (AMBIENT + DIFFUSE * np.clip(normals @ key.astype(np.float32), 0, 1))[:, None]
+
+
+def _ink(
+    mesh: trimesh.Trimesh,
+    camera: CameraRig,
+    face_ids: np.ndarray,  # [P]
+    mask: np.ndarray,  # [H, W]
+    line: float,
+) -> np.ndarray:
+    """How much the line of an edge covers each pixel, `[P]` in [0, 1]: lines reach `line` pixels from the edges they are on."""
+    uv, _ = project(torch.as_tensor(np.asarray(mesh.vertices), dtype=torch.float32), camera)
+    corners = ((uv[0].numpy() + 1) * (len(mask) / 2))[mesh.faces[face_ids]]  # [P, 3, 2]
+    edges, offsets = np.roll(corners, -1, 1) - corners, np.argwhere(mask)[:, None, ::-1] + 0.5 - corners
+    length = np.maximum(np.linalg.norm(edges, axis=-1), 1e-6)
+    distance = np.abs(edges[..., 0] * offsets[..., 1] - edges[..., 1] * offsets[..., 0]) / length
+    doubled = np.abs(edges[:, 0, 0] * edges[:, 1, 1] - edges[:, 0, 1] * edges[:, 1, 0])
+    room = doubled / length.sum(1) / (2 * line)  # radius of the inscribed circle, in widths of a line
+    return np.clip(line + 0.5 - distance.min(1), 0, 1) * np.clip(room, 0.2, 1)

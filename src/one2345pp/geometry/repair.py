@@ -1,6 +1,6 @@
-"""Care of meshes: welding, degenerate faces, small holes, floaters, decimation. Closed solids from anything are `extract.solidify`.
+"""Care of meshes: welding, degenerate faces, small holes, pinches, floaters, decimation. `extract.solidify` closes anything.
 
-Nothing here moves a vertex but decimation. What loses more than 1% of the surface says so in the log.
+Nothing here moves a vertex but decimation, and drawing pinches apart. What loses more than 1% of the surface says so in the log.
 Axes: V vertices, F faces, P points, E edges.
 """
 
@@ -102,6 +102,30 @@ def fill_holes(mesh: trimesh.Trimesh, max_hole: float = 0.3) -> trimesh.Trimesh:
     return out
 
 
+def draw_apart(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
+    """A welded mesh whose parts touch along no edge: the two sheets of an edge with four faces get vertices of their own."""
+    vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
+    directed = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)  # half edge h runs from corner h to the next of its face
+    _, edge, count = np.unique(np.sort(directed, 1), axis=0, return_inverse=True, return_counts=True)
+    if count.max() <= 2:
+        return compact(mesh, np.ones(len(faces), bool))
+    order, first = np.argsort(edge.reshape(-1), kind="stable"), np.cumsum(count) - count
+    pairs = [np.stack([order[first[count == 2]], order[first[count == 2] + 1]], 1)]
+    for start, size in zip(first[count > 2], count[count > 2], strict=True):
+        pairs.append(_sheets(vertices, faces, directed, order[start : start + size]))
+    fan = _fans(directed, np.concatenate(pairs))  # corners of one fan are one vertex
+    _, corner = np.unique(fan, return_index=True)
+    owner, fans = faces.ravel()[corner], fan.reshape(-1, 3)
+    middle = np.zeros((len(owner), 3))
+    np.add.at(middle, fans.ravel(), vertices[faces].mean(1).repeat(3, 0))
+    middle /= np.bincount(fan)[:, None]
+    share = np.where(_repeated(owner), PINCH_GAP, 0)[:, None]
+    out = trimesh.Trimesh((1 - share) * vertices[owner] + share * middle, fans, process=False)
+    if mesh.visual.kind == "vertex":
+        out.visual.vertex_colors = np.asarray(mesh.visual.vertex_colors)[owner]
+    return out
+
+
 def keep_components(mesh: trimesh.Trimesh, min_share: float = 0.01) -> trimesh.Trimesh:
     """The mesh without floaters (area below `min_share` of the largest component's) and inside-out (inner) shells."""
     faces = mesh.faces
@@ -153,6 +177,8 @@ def decimate(mesh: trimesh.Trimesh, faces: int) -> trimesh.Trimesh:
             f"mesh: its {len(mesh.faces)} faces cannot be simplified to {faces}, only to {reached}: "
             "it is in too many pieces. Allow more faces, or remove small parts."
         )
+    if whole.is_watertight and not best.is_watertight:
+        logger.warning("decimate: the mesh was closed and has holes at %d faces.", len(best.faces))
     best.visual.vertex_colors = to_rgba8(_nearest_colors(mesh, best.vertices))
     return report_loss("decimate", mesh, best)
 
@@ -237,21 +263,15 @@ def _collapsed(mesh: trimesh.Trimesh, target: int, aggressiveness: float) -> tri
     )
     faces = faces[np.isfinite(vertices[faces]).all((1, 2))]
     faces = faces[~_vanished(faces)]
-    return _without_pinches(vertices, faces) if len(faces) else trimesh.Trimesh()
+    return draw_apart(trimesh.Trimesh(vertices, faces, process=False)) if len(faces) else trimesh.Trimesh()
 
 
-def _without_pinches(vertices: np.ndarray, faces: np.ndarray) -> trimesh.Trimesh:
-    """Draw apart parts of a surface that touch along an edge: the two sheets of an edge with four faces get their own."""
-    directed = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)  # half edge h runs from corner h to the next of its face
-    _, edge, count = np.unique(np.sort(directed, 1), axis=0, return_inverse=True, return_counts=True)
-    order, first = np.argsort(edge.reshape(-1), kind="stable"), np.cumsum(count) - count
-    plain = compact(trimesh.Trimesh(vertices, faces, process=False), np.ones(len(faces), bool))
-    if count.max() <= 2:
-        return plain
-    pairs = [np.stack([order[first[count == 2]], order[first[count == 2] + 1]], 1)]
-    for start, size in zip(first[count > 2], count[count > 2], strict=True):
-        pairs.append(_sheets(vertices, faces, directed, order[start : start + size]))
-    one, two = np.concatenate(pairs).T
+def _fans(
+    directed: np.ndarray,  # [E, 2]
+    pairs: np.ndarray,  # [., 2]
+) -> np.ndarray:
+    """The fan that each corner belongs to, `[E]`: the corners of one vertex that paired half edges join."""
+    one, two = pairs.T
     after = np.arange(len(directed)).reshape(-1, 3)[:, [1, 2, 0]].ravel()
     opposite = directed[one, 0] != directed[two, 0]
     links = [
@@ -260,14 +280,7 @@ def _without_pinches(vertices: np.ndarray, faces: np.ndarray) -> trimesh.Trimesh
     ]
     links = np.concatenate(links, 1)
     graph = coo_matrix((np.ones(links.shape[1], bool), links), shape=[len(directed)] * 2)
-    _, fan = connected_components(graph, directed=False)  # corners of one fan are one vertex
-    _, corner = np.unique(fan, return_index=True)
-    owner, fans = faces.ravel()[corner], fan.reshape(-1, 3)
-    middle = np.zeros((len(owner), 3))
-    np.add.at(middle, fans.ravel(), vertices[faces].mean(1).repeat(3, 0))
-    middle /= np.bincount(fan)[:, None]
-    share = np.where(_repeated(owner), PINCH_GAP, 0)[:, None]
-    return trimesh.Trimesh((1 - share) * vertices[owner] + share * middle, fans, process=False)
+    return connected_components(graph, directed=False)[1]
 
 
 def _sheets(vertices: np.ndarray, faces: np.ndarray, directed: np.ndarray, group: np.ndarray) -> np.ndarray:

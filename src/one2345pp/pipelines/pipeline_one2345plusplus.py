@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 
 from ..errors import InputError
 from ..geometry.cameras import CameraRig
-from ..geometry.extract import decimate
+from ..geometry.extract import finish_mesh
 from ..geometry.framing import frame_object
 from ..geometry.placement import place_picture
 from ..models.condition_encoder import ConditionEncoder
@@ -224,6 +224,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         num_texture_steps: int | None = None,
         texture_size: int | None = None,
         max_faces: int | None = None,
+        watertight: bool = False,
         refine: bool = True,
         background: str = "auto",
         elevation: float | None = None,
@@ -244,6 +245,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             num_occupancy_steps, num_sparse_steps (`int`, *optional*): Of the two volume diffusions.
             num_texture_steps, texture_size (`int`, *optional*): Of the texture refinement; the size is in pixels.
             max_faces (`int`, *optional*): Most triangles of a mesh.
+            watertight (`bool`, defaults to `False`): Make solids for printing, see `geometry.extract.solidify`.
             refine (`bool`, defaults to `True`): Paint a texture from the views; without, the mesh has vertex colours.
             background (`str`, defaults to `"auto"`): How the object is told from its background, see `isolate_object`.
             elevation (`float`, *optional*): Degrees above the horizon (-90 to 90) from which the image looks, if that is known. Then
@@ -251,7 +253,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             generator (`torch.Generator` or a list, *optional*): Source of every random draw; a list has one an object.
             return_dict (`bool`, defaults to `True`): Return an output class instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(stage, step, timestep, tensors)` in every
-                diffusion step of the views and of the volume.
+                diffusion step of the views and of the volume, with `latents`, and of the texture, with its `loss`.
             control_image (`PIL.Image.Image` or a list, *optional*): Tile for the ControlNet, the same for every object; for
                 several ControlNets a list with that of each.
             controlnet_conditioning_scale (`float` or a list, defaults to 1.0): Weight of the ControlNet, or of each.
@@ -330,13 +332,15 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
                     num_inference_steps=num_texture_steps,
                     texture_size=texture_size,
                     max_faces=max_faces,
+                    watertight=watertight,
                     generator=one,
                     device=self._execution_device,
+                    callback_on_step_end=callback_on_step_end,
                 ).meshes[0]
                 for mesh, seen, one in zip(coarse_meshes, shown, generators, strict=True)
             ]
         else:
-            meshes = [mesh if max_faces is None else decimate(mesh, max_faces) for mesh in coarse_meshes]
+            meshes = [finish_mesh(mesh, max_faces, watertight) for mesh in coarse_meshes]
 
         # 6. Output
         self.maybe_free_model_hooks()

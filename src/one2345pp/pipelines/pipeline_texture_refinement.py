@@ -1,14 +1,14 @@
-"""Stage 3: a mesh and pictures of it to the same mesh with a texture. Nothing moves; dense meshes are decimated first.
+"""Stage 3: a mesh and pictures of it to the same mesh with a texture. Nothing moves; dense meshes are decimated first,
+and open ones closed on request.
 
 A colour field is fitted to the views where they see the surface and baked; what no view sees keeps the mesh's colours.
 """
 
-# V views, R raster pixels along an edge, P points, T texels
+# V views, R raster pixels along an edge, P points
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,78 +21,15 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..geometry.atlas import Atlas, pad_texture, texel_samples, unwrap
-from ..geometry.cameras import CameraRig, project
-from ..geometry.extract import decimate
+from ..geometry.cameras import CameraRig
+from ..geometry.extract import finish_mesh
 from ..geometry.mesh import surface_colors
 from ..geometry.rasterize import rasterize
+from ..geometry.visibility import SurfaceSamples, Visibility
 from ..models.color_field import ColorField
 from .hub import SelfContainedMixin
 from .pipeline_output import TextureRefinementPipelineOutput
 from .preprocess import key_background
-
-
-@dataclass
-class SurfaceSamples:
-    """Points on the mesh and what colour they should have.
-
-    Args:
-        points: World, `[P, 3]`.
-        normals: Unit surface normals, `[P, 3]`.
-        directions: Unit vectors towards the eye that saw the colour, `[P, 3]`.
-        colors: sRGB in [0, 1], `[P, 3]`.
-        weights: Trust in the colour, `[P]` in [0, 1].
-    """
-
-    points: Tensor
-    normals: Tensor
-    directions: Tensor
-    colors: Tensor
-    weights: Tensor
-
-    def __len__(self) -> int:
-        return len(self.points)
-
-    def draw(self, count: int, generator: torch.Generator | None) -> SurfaceSamples:
-        """`count` of the samples at random, with replacement."""
-        index = torch.randint(len(self), (count,), generator=generator).to(self.points.device)
-        fields = (self.points, self.normals, self.directions, self.colors, self.weights)
-        return SurfaceSamples(*(field[index] for field in fields))
-
-    def to(self, device: torch.device | str) -> SurfaceSamples:
-        fields = (self.points, self.normals, self.directions, self.colors, self.weights)
-        return SurfaceSamples(*(field.to(device) for field in fields))
-
-
-@dataclass
-class Visibility:
-    """What each view sees of the mesh, as maps that any surface point can be looked up in.
-
-    Args:
-        rig: `V` cameras.
-        weights: Trust in each pixel, `[V, R, R]`: falls to 0 where the surface turns away and at every silhouette.
-        depth: Along the optical axis, `[V, R, R]`, infinite where the mesh is not hit.
-    """
-
-    rig: CameraRig
-    weights: Tensor
-    depth: Tensor
-
-    def confidence(
-        self,
-        points: Tensor,  # [P, 3]
-        normals: Tensor,  # [P, 3]
-    ) -> Tensor:
-        """How well the views together see points of the surface, `[P]`: 0 unseen, 1 seen head-on by one view."""
-        uv, depth = project(points, self.rig)  # [V, P, 2], [V, P]
-        lookup = {"mode": "bilinear", "padding_mode": "zeros", "align_corners": False}
-        weight = F.grid_sample(self.weights[:, None], uv[:, None], **lookup)[:, 0, 0]
-        seen = F.grid_sample(self.depth[:, None].nan_to_num(posinf=1e6), uv[:, None], **{**lookup, "mode": "nearest"})
-        # three pixels of depth forgive the slope of all surfaces that have any weight
-        tolerance = 3 * 2 * self.rig.tan_half_fov[:, None] * depth / self.depth.shape[-1]
-        to_eye = F.normalize(self.rig.positions[:, None] - points, dim=-1)
-        facing = (to_eye * normals).sum(-1)  # tells the sides of a thin plate apart, which depth cannot
-        visible = (depth > 0) & ((seen[:, 0, 0] - depth).abs() < tolerance)
-        return (weight * visible * (4 * facing).clamp(0, 1)).sum(0)
 
 
 class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
@@ -111,11 +48,15 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         facing_power (`float`, defaults to 2.0): Trust in a pixel is the cosine of its viewing angle to this power.
         silhouette (`float`, defaults to 1.0): View pixels over which trust rises from 0 at silhouettes.
         full_confidence (`float`, defaults to 0.05): Summed trust from which the views alone decide.
+        stall_steps (`int`, defaults to 25), stall_gain (`float`, defaults to 0.01): The fit stops early if the mean loss of
+            this many steps is not this share below that of as many before; 0 steps are never enough to tell.
         default_num_inference_steps (`int`, defaults to 100), default_texture_size (`int`, defaults to 1024),
             default_max_faces (`int`, defaults to 16000): Used when a call does not say.
 
     Source: One-2-3-45++ section 3.3; weights, prior and blending are this package's choice.
     """
+
+    _interrupt = False
 
     def __init__(
         self,
@@ -131,6 +72,8 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         facing_power: float = 2.0,
         silhouette: float = 1.0,
         full_confidence: float = 0.05,
+        stall_steps: int = 25,
+        stall_gain: float = 0.01,
         default_num_inference_steps: int = 100,
         default_texture_size: int = 1024,
         default_max_faces: int = 16000,
@@ -149,10 +92,16 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
             facing_power=facing_power,
             silhouette=silhouette,
             full_confidence=full_confidence,
+            stall_steps=stall_steps,
+            stall_gain=stall_gain,
             default_num_inference_steps=default_num_inference_steps,
             default_texture_size=default_texture_size,
             default_max_faces=default_max_faces,
         )
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
 
     def __call__(
         self,
@@ -162,6 +111,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         num_inference_steps: int | None = None,
         texture_size: int | None = None,
         max_faces: int | None = None,
+        watertight: bool = False,
         rasterizer: str = "auto",
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
@@ -175,13 +125,15 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
             views: The pictures of the mesh, or a list of them for each mesh: square, `RGBA`, or `RGB` on the grey of a
                 generated tile. Transparent pixels are ignored.
             cameras: The cameras of the views, or a rig's name.
-            num_inference_steps: Optimiser steps; 0 only bakes the mesh's own colours.
+            num_inference_steps: Most optimiser steps, fewer if the loss stalls; 0 only bakes the mesh's own colours.
             texture_size: Side of the texture in pixels.
             max_faces: Meshes with more faces are decimated to this many.
+            watertight: Close meshes that are open, for printing. The cuts of the texture do not count.
             rasterizer: `"auto"`, `"embree"` or `"nvdiffrast"`.
             generator: Source of every random draw, on the CPU. The same one gives the same mesh.
             device: Where the field is fitted.
-            callback_on_step_end: Called after each step with the pipeline, the step twice, and `{"loss": float}`.
+            callback_on_step_end: Called after each step with the pipeline, the step twice, and `{"loss": float}`. If it sets
+                `_interrupt` of the pipeline, as far as the fit has come is baked.
             return_dict: Whether to return a [`TextureRefinementPipelineOutput`] rather than a tuple.
 
         Returns:
@@ -195,10 +147,11 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         meshes = mesh if isinstance(mesh, (list, tuple)) else [mesh]
         view_lists = views if isinstance(mesh, (list, tuple)) else [views]
         self.check_inputs(meshes, view_lists, rig, steps, texture_size)
+        self._interrupt = False
         painted = []
         for one_mesh, pictures in zip(meshes, view_lists, strict=True):
-            # 2. Decimate to the budget, and cut into charts
-            one_mesh = decimate(one_mesh, max_faces)
+            # 2. Close it if asked to, decimate to the budget, and cut into charts
+            one_mesh = finish_mesh(one_mesh, max_faces, watertight)
             atlas = unwrap(one_mesh, texture_size)
             # 3. Find what each view sees
             visibility, seen = self.observe(one_mesh, pictures, rig, rasterizer)
@@ -320,6 +273,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
                 fused=True,
             )
             decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1 ** (1 / max(num_inference_steps, 1)))
+            losses: list[Tensor] = []
             for step in self.progress_bar(range(num_inference_steps)):
                 batch = seen.draw(config.batch_size, generator)
                 half = config.batch_size // 2
@@ -334,9 +288,20 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
                 loss.backward()
                 optimizer.step()
                 decay.step()
+                losses.append(loss.detach())
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, step, step, {"loss": loss.item()})
+                if self.interrupt or self.has_stalled(losses):
+                    break
         return field.requires_grad_(False).eval()
+
+    def has_stalled(self, losses: Sequence[Tensor]) -> bool:
+        """Whether the loss has stopped falling; looked at every `stall_steps` steps, because single losses are noise."""
+        window = self.config.stall_steps
+        if window <= 0 or len(losses) < 2 * window or len(losses) % window:
+            return False
+        before, last = torch.stack(list(losses[-2 * window :])).view(2, window).mean(1).tolist()
+        return last > (1 - self.config.stall_gain) * before
 
     def bake(
         self,

@@ -20,6 +20,7 @@ from one2345pp.geometry.cameras import CameraRig
 from one2345pp.geometry.render import render
 from one2345pp.pipelines.pipeline_multiview_tile import MultiViewTilePipeline, scale_latents
 from one2345pp.training import multiview, tiles
+from one2345pp.training.components import build_components, build_vae, seeded, start_from
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -80,7 +81,7 @@ def test_finished_phases_are_not_repeated_and_the_unet_goes_on(data, trained):
 def test_folding_standardises_latents_and_changes_no_picture(data):
     """Oracle: reconstructions before and after, posterior noise included; the statistics that the scaling factor promises."""
     images = tiles.ImageDataset(data, {**multiview.DEFAULTS, **CONFIG})
-    vae = multiview.seeded(multiview.build_vae, {**CONFIG, "seed": 0})
+    vae = seeded(build_vae, {**CONFIG, "seed": 0})
     pixels = tiles.to_pixels(torch.cat([item["views"][:, :3] for item in images.items]))
 
     def reconstruct() -> torch.Tensor:
@@ -130,7 +131,7 @@ def test_frames_of_a_ring_are_what_the_rig_sees(tmp_path):
 def test_training_pixels_are_those_of_the_feature_extractors():
     """Oracle: a picture of the right size, through both ways, is the same tensor."""
     config = {**multiview.DEFAULTS, **CONFIG}
-    components = multiview.build_components(config)
+    components = build_components(config)
     picture = torch.randint(0, 255, (SIZE, SIZE, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     picture[..., 3] = 255
     flat = tiles.flatten(picture, SIZE)
@@ -189,9 +190,9 @@ def test_views_are_cut_out_by_the_drawn_masks(masked, monkeypatch):
 def test_weights_are_taken_over_as_far_as_they_reach(trained):
     """Oracle: the trained arrays themselves, beside channels that stay as they were drawn."""
     vae = {**COMPONENTS["vae"], "in_channels": 4, "out_channels": 4}
-    model = multiview.seeded(multiview.build_vae, {**CONFIG, "components": {"vae": vae}, "seed": 0})
+    model = seeded(build_vae, {**CONFIG, "components": {"vae": vae}, "seed": 0})
     before = model.encoder.conv_in.weight[:, 3:].clone()
-    multiview.start_from(str(trained), "vae", model)
+    start_from(str(trained), "vae", model)
     source = AutoencoderKL.from_pretrained(trained / "vae")
     assert torch.equal(model.encoder.conv_in.weight[:, :3], source.encoder.conv_in.weight)
     assert torch.equal(model.encoder.conv_in.weight[:, 3:], before)
@@ -311,7 +312,7 @@ def test_small_config_fits_the_pipeline():
     """Oracle: sizes that must agree between components, and the UNet's limit of 14 million parameters."""
     config = json.loads((CONFIGS / "multiview-small.json").read_text())
     assert set(config) - {"components", "phases"} == set(multiview.DEFAULTS)
-    components = multiview.build_components(config)
+    components = build_components(config)
     unet, vae = components["unet"], components["vae"]
     assert unet.config.in_channels == vae.config.latent_channels
     assert unet.config.cross_attention_dim == components["text_encoder"].config.hidden_size

@@ -16,6 +16,7 @@ from one2345pp.errors import InputError
 from one2345pp.models.condition_encoder import ConditionEncoder, views_to_images
 from one2345pp.models.unet_occupancy import OccupancyUNet3DModel
 from one2345pp.training import multiview, occupancy, sparse
+from one2345pp.training.components import build_components
 from one2345pp.training.drawn_views import DrawnViewsDataset
 from one2345pp.training.loop import train
 from one2345pp.training.views import CHANCES, DEFAULTS, SampleBatch
@@ -102,7 +103,7 @@ def test_mirrored_samples_stay_consistent(dataset):
 @pytest.fixture(scope="module")
 def first_stage(tmp_path_factory):
     """A folder of a tiny first stage with random weights, of 24 px views."""
-    components = multiview.build_components({**multiview.DEFAULTS, "view_size": 24, "components": COMPONENTS})
+    components = build_components({**multiview.DEFAULTS, "view_size": 24, "components": COMPONENTS})
     folder = tmp_path_factory.mktemp("multiview")
     MultiViewTilePipeline(**components, view_size=24).save_pretrained(folder)
     return folder

@@ -29,7 +29,7 @@ def test_first_commands_install_run_and_test():
     """The first code block makes a mesh from a clean checkout, the second runs the tests; nothing comes before them."""
     first, second = (block.strip() for block in blocks("bash")[:2])
     assert first == (
-        "pip install -c constraints.txt . && one2345pp generate examples/mug.png -o out.glb --preview out.png"
+        "pip install -c constraints.txt . && one2345pp generate examples/mushroom.png -o out.glb --preview out.png"
     )
     assert second == 'pip install -c constraints.txt ".[test]" && python -m pytest'
     assert README.index(first) < README.index(second) < README.index("## ")

@@ -17,21 +17,19 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import USE_PEFT_BACKEND
-from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from ..errors import InputError
 from ..models.attention_reference import ReferenceAttention, reference_attention
 from . import multiview_inputs
 from .control import Control
 from .hub import SelfContainedMixin
+from .multiview_context import ContextMixin, reference_pixels
 from .multiview_inputs import within
 from .pipeline_output import MultiViewTilePipelineOutput
-from .preprocess import key_background, open_image
+from .preprocess import key_background
 from .tiles import (
     BACKGROUND,
     COLUMNS,
@@ -57,7 +55,7 @@ __all__ = [
 ]
 
 
-class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     r"""Six consistent views of the object in one image, drawn as one tile of 3 rows and 2 columns.
 
     Folders of Zero123++ (v1.1, v1.2) load as they stand.
@@ -156,67 +154,10 @@ class MultiViewTilePipeline(SelfContainedMixin, DiffusionPipeline, StableDiffusi
 
     # --- steps of a call, in order ------------------------------------------------------------------------------
 
-    def encode_prompt(self, prompts: list[str], lora_scale: float = 1.0) -> Tensor:
-        """Text context of `B` prompts, `[B, L, D]`. Equal prompts are encoded once."""
-        texts = list(dict.fromkeys(prompts))
-        tokens = self.tokenizer(
-            texts,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        if USE_PEFT_BACKEND:
-            scale_lora_layers(self.text_encoder, lora_scale)
-        try:
-            context = self.text_encoder(tokens.input_ids.to(self._execution_device))[0]
-        finally:
-            if USE_PEFT_BACKEND:
-                unscale_lora_layers(self.text_encoder, lora_scale)
-        return context[[texts.index(prompt) for prompt in prompts]]
-
-    def encode_image(self, images: list[Image.Image]) -> Tensor:
-        """Global features of `B` opaque RGB images, `[B, 1, D]`."""
-        pixels = self.feature_extractor_clip(images, return_tensors="pt").pixel_values
-        pixels = pixels.to(self._execution_device, self.vision_encoder.dtype)
-        return self.vision_encoder(pixels).image_embeds[:, None]
-
-    def ramp(self, length: int) -> Tensor:
-        """Share of the image feature in each of `length` text tokens, `[L, 1]`."""
-        values = self.config.ramping_coefficients
-        values = [i / length for i in range(length)] if values is None else values
-        if len(values) != length:
-            raise InputError(f"ramping_coefficients: got {len(values)} numbers, expected {length}, one a text token.")
-        return torch.tensor(values)[:, None]
-
-    def prepare_context(
-        self, images, prompts, negative_prompts, num_images_per_prompt: int, lora_scale: float = 1.0
-    ) -> Tensor:
-        """Cross-attention context of every branch: text plus ramp times image feature; plain text in the negative one.
-
-        Returns:
-            `[B * n, L, D]`, or `[2 * B * n, L, D]` (negative first) with guidance.
-        """
-        negative = negative_prompts if self.do_classifier_free_guidance else []
-        context = self.encode_prompt([*negative, *prompts], lora_scale)
-        ramped = self.ramp(context.shape[1]).to(context) * self.encode_image(images).to(context)
-        context = torch.cat([context[: len(negative)], context[len(negative) :] + ramped])
-        return context.repeat_interleave(num_images_per_prompt, 0)
-
     def prepare_pixels(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
         """What the VAE encodes: an empty picture `[1, 3, h, w]` and `B` pictures on grey; with masks if the VAE has four channels."""
-
-        def extract(pictures: list[Image.Image]) -> Tensor:
-            pixels = self.feature_extractor_vae(pictures, return_tensors="pt").pixel_values
-            return pixels.to(self._execution_device, self.vae.dtype)
-
-        pixels = extract([composite_on_grey(image) for image in images])
-        empty = torch.zeros_like(pixels[:1])
-        if self.draws_masks:
-            masks = [key_background(open_image(image)).getchannel("A").convert("RGB") for image in images]
-            pixels = torch.cat([pixels, extract(masks)[:, :1]], 1)
-            empty = torch.cat([empty, torch.full_like(empty[:, :1], -IMAGE_SCALE)], 1)
-        return empty, pixels
+        pixels = reference_pixels(images, self.feature_extractor_vae, self.draws_masks)
+        return tuple(part.to(self._execution_device, self.vae.dtype) for part in pixels)
 
     def prepare_reference(self, images: list[Image.Image], num_images_per_prompt: int, generator) -> Tensor:
         """Latents that the tile attends to, of every branch; the negative one is the latent of an empty picture.

@@ -1,4 +1,4 @@
-"""Draws docs/images/example.png: shapes of this project rebuilt from six views by the checkpoint in the package.
+"""Draws docs/images/example.png: shapes of this project made from one image, and from six views, by the checkpoint in the package.
 
 python examples/make_sheet.py
 """
@@ -15,20 +15,23 @@ from one2345pp.geometry.render import contact_sheet, orbit, render
 
 
 NAMES = ("mug", "chair", "mushroom", "rocket")
-OUTPUT = Path(__file__).parents[1] / "docs" / "images" / "example.png"
+EXAMPLES = Path(__file__).parent
+OUTPUT = EXAMPLES.parent / "docs" / "images" / "example.png"
 
 
 def main() -> None:
     pipe = One2345PlusPlusPipeline.from_pretrained(default_checkpoint())
     pipe.set_progress_bar_config(disable=True)
-    rig, rows = CameraRig.named("zero123plus-v1.2"), []
+    rig, sides, rows = CameraRig.named("zero123plus-v1.2"), orbit(4).rotated(30)[[0, 1, 2]], []
     for name in NAMES:
+        image = pipe.prepare_image(EXAMPLES / f"{name}.png")
+        generated = pipe(image, generator=torch.Generator().manual_seed(0)).meshes[0]
         views = [Image.fromarray(view) for view in render(normalize_to_sphere(shape(name)), rig, 192)]
-        mesh = pipe.volume(views, rig, generator=torch.Generator().manual_seed(0)).meshes[0]
-        mesh = pipe.texture(mesh, views, rig, generator=torch.Generator().manual_seed(0)).meshes[0]
-        rows.append([*views[:3], *render(mesh, orbit(4).rotated(30), 192)])
+        rebuilt = pipe.volume(views, rig, generator=torch.Generator().manual_seed(0)).meshes[0]
+        rebuilt = pipe.texture(rebuilt, views, rig, generator=torch.Generator().manual_seed(0)).meshes[0]
+        rows.append([image, *render(generated, sides, 192), *views[:2], *render(rebuilt, sides, 192)])
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(rows, 144).save(OUTPUT, optimize=True)
+    contact_sheet(rows, 128).save(OUTPUT, optimize=True)
 
 
 if __name__ == "__main__":

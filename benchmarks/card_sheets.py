@@ -9,21 +9,18 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from reconstruct_val import cut, true_pictures
 
-from one2345pp.geometry.cameras import CameraRig
-from one2345pp.geometry.framing import frame_object
 from one2345pp.geometry.mesh import load_mesh, normalize_to_sphere
 from one2345pp.geometry.render import contact_sheet, orbit, render
 
 
 SIZE = 80  # pixels
 VIEWS = (0, 2, 4)  # of the six
-FOV = math.radians(30)
 
 
 def main() -> None:
@@ -34,12 +31,10 @@ def main() -> None:
     args = parser.parse_args()
     names = sorted(path.stem for path in (args.results / "gt").glob("*.glb"))[:: args.every]
     rows: dict[str, list] = {"reconstruct": [], "generate": []}
-    front = CameraRig.from_angles([0.0], 10.0, FOV, 0.5 / math.tan(FOV / 2))
     for name in names:
         truth = normalize_to_sphere(load_mesh(args.results / "gt" / f"{name}.glb"))
         sides = list(render(truth, orbit(4), 2 * SIZE))
-        views = render(truth, CameraRig.named("zero123plus-v1.2"), 2 * SIZE)
-        image = frame_object(Image.fromarray(render(truth, front, 2 * SIZE)[0]))
+        image, views = true_pictures(truth, "zero123plus-v1.2", 2 * SIZE)
         strip = args.results / "generated_views" / f"{name}.png"
         drawn = cut(Image.open(strip)) if strip.exists() else [Image.new("RGB", (SIZE, SIZE))] * 6
         rows["reconstruct"].append([*(views[i] for i in VIEWS), *mesh_sides(args.results, "reconstruct", name), *sides])
@@ -48,12 +43,6 @@ def main() -> None:
         )
     for method, sheet in rows.items():
         contact_sheet(sheet, SIZE, gap=2).quantize(192).save(args.folder / f"val-{method}.png", optimize=True)
-
-
-def cut(strip: Image.Image) -> list[Image.Image]:
-    """The square pictures of a row."""
-    side = strip.height
-    return [strip.crop((x, 0, x + side, side)) for x in range(0, strip.width - side + 1, side)]
 
 
 def mesh_sides(results: Path, method: str, name: str) -> list[np.ndarray]:

@@ -101,13 +101,12 @@ def link_truths(objects: list[dict], args: argparse.Namespace) -> None:
             link.symlink_to((args.objects / link.name).resolve())
 
 
-def true_pictures(mesh: trimesh.Trimesh, args: argparse.Namespace) -> tuple[Image.Image, list[Image.Image]]:
+def true_pictures(mesh: trimesh.Trimesh, rig_name: str, size: int) -> tuple[Image.Image, list[Image.Image]]:
     """The input image, and the views of the rig, both RGBA."""
-    rig = CameraRig.named(args.rig)
-    views = [Image.fromarray(view) for view in render(mesh, rig, args.size)]
+    views = [Image.fromarray(view) for view in render(mesh, CameraRig.named(rig_name), size)]
     fov = math.radians(30)
     front = CameraRig.from_angles([0.0], INPUT_ELEVATION, fov, 0.5 / math.tan(fov / 2))
-    return frame_object(Image.fromarray(render(mesh, front, args.size)[0])), views
+    return frame_object(Image.fromarray(render(mesh, front, size)[0])), views
 
 
 def predict(objects: list[dict], args: argparse.Namespace) -> None:
@@ -121,7 +120,8 @@ def predict(objects: list[dict], args: argparse.Namespace) -> None:
             continue
         if pipe is None and {"reconstruct", "generate"} & missing.keys():
             pipe = load_pipeline(args)
-        image, views = true_pictures(normalize_to_sphere(load_mesh(args.output / "gt" / f"{row['name']}.glb")), args)
+        truth = normalize_to_sphere(load_mesh(args.output / "gt" / f"{row['name']}.glb"))
+        image, views = true_pictures(truth, args.rig, args.size)
         for method, path in missing.items():
             start = time.perf_counter()
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,21 +202,22 @@ def draw_sheets(objects: list[dict], args: argparse.Namespace) -> None:
     folder.mkdir(exist_ok=True)
     for name in [name for names in tiers.values() for name in sorted(names)[::step]]:
         truth = normalize_to_sphere(load_mesh(args.output / "gt" / f"{name}.glb"))
-        image, views = true_pictures(truth, args)
+        image, views = true_pictures(truth, args.rig, args.size)
         rows = [[label("image, true views"), image, *views], [label("truth"), *render(truth, orbit(4), 192)]]
         generated = args.output / "generated_views" / f"{name}.png"
         if generated.exists():
-            strip = Image.open(generated)
-            side = strip.height
-            rows.insert(
-                1,
-                [label("generated views")] + [strip.crop((x, 0, x + side, side)) for x in range(0, strip.width, side)],
-            )
+            rows.insert(1, [label("generated views"), *cut(Image.open(generated))])
         for method in args.methods:
             path = args.output / "pred" / method / f"{name}.ply"
             if path.exists():
                 rows.append([label(method), *render(load_mesh(path), orbit(4), 192)])
         contact_sheet(rows, size=192).save(folder / f"{name}.png")
+
+
+def cut(strip: Image.Image) -> list[Image.Image]:
+    """The square pictures of a row."""
+    side = strip.height
+    return [strip.crop((x, 0, x + side, side)) for x in range(0, strip.width, side)]
 
 
 def label(text: str) -> Image.Image:

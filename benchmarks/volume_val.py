@@ -34,6 +34,7 @@ from one2345pp.geometry.volume import SparseVolume
 from one2345pp.models.sparse import SparseGrid
 from one2345pp.training.occupancy import shell_occupancy
 from one2345pp.training.sparse import subdivide
+from one2345pp.training.volume import DEFAULTS as VOLUME_DEFAULTS
 
 
 def main() -> None:
@@ -75,7 +76,6 @@ def parse_arguments() -> argparse.Namespace:
 def measure(pipe: One2345PlusPlusPipeline, item: dict, prepared: PreparedDataset, args) -> dict[str, float]:
     """All columns of one object; F-scores are 0 where there is no surface."""
     volume, generator = pipe.volume, torch.Generator().manual_seed(args.seed)
-    volume._interrupt, volume._guidance_scale = False, volume.config.default_guidance_scale
     picture = Image.fromarray(item["inputs"][0].numpy())
     if args.drawn:
         views, rig = pipe.multiview(picture, generator=generator, transparent=True).views[0], pipe.rig
@@ -88,10 +88,8 @@ def measure(pipe: One2345PlusPlusPipeline, item: dict, prepared: PreparedDataset
 
     sdf, truncation = item["sdf"].float() / 127, prepared.truncation
     cells = truncation * prepared.meta["resolution"]
-    truth = shell_occupancy(sdf[None], 1.25 / cells)
-    coarse = volume.prepare_views(views, rigs, volume.occupancy_condition.config.image_size)
-    steps = volume.config.default_num_occupancy_steps
-    drawn = volume.denoise_occupancy(coarse, vector, steps, generator)
+    truth = shell_occupancy(sdf[None], VOLUME_DEFAULTS["occupancy_threshold"] / cells)
+    drawn = volume(views[0], cameras=rig, image=picture, output_type="latent", generator=generator).volumes
     occupied = drawn[:, 0] > volume.config.occupancy_level
 
     colors = torch.zeros(*sdf.shape, 3)

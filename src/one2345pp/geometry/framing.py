@@ -20,19 +20,26 @@ def frame_object(rgba: Image.Image, size: int = 512, fill: float = 0.85) -> Imag
         InputError: If nothing in the picture is opaque.
     """
     alpha = np.asarray(rgba.convert("RGBA"))[..., 3] > 25
-    rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
-    if len(rows) == 0:
-        raise InputError("image: is fully transparent. Pass a picture whose object is opaque.")
-    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    left, top, right, bottom = object_box(alpha)
     side = max(bottom - top, right - left) / fill
     x, y = (left + right - side) / 2, (top + bottom - side) / 2
     # "RGBa" is premultiplied, so that colours of transparent pixels do not bleed into the edge
     picture = rgba.convert("RGBA").convert("RGBa")
-    picture = _scaled_crop(picture, (x, y, x + side, y + side), size)
+    picture = scaled_crop(picture, (x, y, x + side, y + side), size)
     return picture.convert("RGBA")
 
 
-def _scaled_crop(picture: Image.Image, box: tuple[float, float, float, float], size: int) -> Image.Image:
+def object_box(
+    mask: np.ndarray,  # [H, W] bool
+) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of what is covered, in pixels; refuses a picture that shows nothing."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if len(rows) == 0:
+        raise InputError("image: is fully transparent. Pass a picture whose object is opaque.")
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+
+
+def scaled_crop(picture: Image.Image, box: tuple[float, float, float, float], size: int) -> Image.Image:
     """The box (which may leave the picture) resized to a square, with filtering when it shrinks."""
     left, top = int(np.floor(box[0])), int(np.floor(box[1]))
     right, bottom = int(np.ceil(box[2])), int(np.ceil(box[3]))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .cameras import CameraRig, project
+from .framing import object_box, scaled_crop
 from .volume import cell_centers
 
 
@@ -27,9 +28,9 @@ def place_picture(
 ) -> tuple[Image.Image, CameraRig]:
     """Move and scale a picture of the front such that it is one more view beside those of a rig.
 
-    The camera stands at azimuth 0, as far away and with the same lens as the rig's first. The boxes of the views' masks say where
-    the object's middle is and how high it looks from there; the picture's object is put there. Widths would not do: from the front
-    the object may be as wide as from no other side.
+    The camera stands at azimuth 0, as far away and with the same lens as the rig's first. The shape that the views' masks leave
+    says where the object's middle is and how high it looks from there; the picture's object is put there. Widths would not do:
+    from the front the object may be as wide as from no other side.
 
     Args:
         picture: `RGBA`, square; where the object lies in it and how large it is does not matter.
@@ -43,30 +44,17 @@ def place_picture(
     Raises:
         InputError: If the picture, or all the views, show nothing.
     """
-    own = _box(np.asarray(picture.getchannel("A")) / 255)
-    if own is None:
-        raise InputError("image: is fully transparent. Pass a picture whose object is opaque.")
-    boxes = [_box(np.asarray(mask)) for mask in masks]
-    seen = [index for index, box in enumerate(boxes) if box is not None]
-    if not seen:
+    own_left, own_top, own_right, own_bottom = object_box(np.asarray(picture.getchannel("A")) >= 128)
+    masks = torch.as_tensor(masks).float()
+    seen = (masks >= 0.5).flatten(1).any(1)
+    if not seen.any():
         raise InputError("views: their masks are empty. Check that they show the object.")
     camera = CameraRig.from_angles([0.0], elevation, rig.fov[0].item(), rig.positions[0].norm().item())
-    x, y, height = _expected_box(torch.as_tensor(masks).float()[seen], rig[seen], camera)
-    zoom = own[3] / height  # share of the picture that fills the view
-    left, top = own[0] - zoom * x, own[1] - zoom * y
-    return _crop(picture, left, top, zoom), camera
-
-
-def _box(
-    mask: np.ndarray,  # [H, W]
-) -> tuple[float, float, float, float] | None:
-    """Middle x, y, width and height of what is covered, as shares of the picture's side; `None` if nothing is."""
-    rows, columns = (np.flatnonzero((mask >= 0.5).any(axis)) for axis in (1, 0))
-    if len(rows) == 0:
-        return None
-    left, right, top, bottom = columns[0], columns[-1] + 1, rows[0], rows[-1] + 1
-    side = len(mask)
-    return (left + right) / 2 / side, (top + bottom) / 2 / side, (right - left) / side, (bottom - top) / side
+    x, y, height = _expected_box(masks[seen], rig[seen], camera)
+    side = (own_bottom - own_top) / height  # of the part of the picture that fills the view, in pixels
+    left, top = (own_left + own_right) / 2 - side * x, (own_top + own_bottom) / 2 - side * y
+    placed = scaled_crop(picture.convert("RGBa"), (left, top, left + side, top + side), picture.width)
+    return placed.convert("RGBA"), camera
 
 
 def _expected_box(masks: Tensor, rig: CameraRig, camera: CameraRig) -> tuple[float, float, float]:
@@ -85,15 +73,3 @@ def _expected_box(masks: Tensor, rig: CameraRig, camera: CameraRig) -> tuple[flo
     low, high = uv.amin(0), uv.amax(0)
     cell = 1 / RESOLUTION / (2 * camera.positions[0].norm() * camera.tan_half_fov[0])
     return *((low + high) / 2).tolist(), float(high[1] - low[1] + cell)
-
-
-def _crop(picture: Image.Image, left: float, top: float, zoom: float) -> Image.Image:
-    """The square at `left`, `top` with a side of `zoom`, all shares of the picture's side, at its size; nothing beyond its border."""
-    side = picture.width
-    source = picture.convert("RGBa")
-    if zoom > 1:  # shrink by averages before sampling
-        small = max(1, round(side / zoom))
-        source = source.resize((small, small), Image.Resampling.BOX)
-    step = zoom * source.width / side
-    box = (step, 0, left * source.width, 0, step, top * source.width)
-    return source.transform((side, side), Image.Transform.AFFINE, box, Image.Resampling.BILINEAR).convert("RGBA")

@@ -62,10 +62,10 @@ class DrawnViewsDataset(Dataset):
         ]
         drawn = pipe(pictures, num_inference_steps=steps, generator=generator, transparent=True).views
         for index, pick, views in zip(indices, picks, drawn, strict=True):
-            keyed = np.stack([np.asarray(view) for view in views])
+            pictures = np.stack([np.asarray(view) for view in views])
             partial = self._file(index).with_suffix(".part")
             with open(partial, "wb") as file:
-                np.savez_compressed(file, drawn=keyed, drawn_input=pick)
+                np.savez_compressed(file, drawn=pictures, drawn_input=pick)
             partial.replace(self._file(index))
 
     def __len__(self) -> int:

@@ -7,7 +7,6 @@ import contextlib
 import csv
 import importlib.metadata
 import importlib.util
-import json
 import re
 import sys
 import warnings
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 from . import __version__
 from .checkpoints import default_checkpoint
 from .errors import InputError
+from .json_files import read_json
 from .outputs import MESH_SUFFIXES, Job, attempt, check_file, check_folder, plan, report, run_all
 
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .pipelines.pipeline_one2345plusplus import One2345PlusPlusPipeline
 
 
+CONFIG_HINT = "Pass a JSON file of settings."
 EXTRAS = {"lora": "peft", "background": "rembg", "video": "imageio_ffmpeg"}
 
 
@@ -164,7 +165,7 @@ def prepare(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Train one stage with the settings of a JSON file; options of the command line win."""
-    config = _read_json(args.config)
+    config = read_json(args.config, CONFIG_HINT)
     paths = {"data": config.pop("data", None), "output": config.pop("output", None)}
     paths = {name: getattr(args, name) or (value and Path(value)) for name, value in paths.items()}
     for name, path in paths.items():
@@ -193,7 +194,7 @@ def convert(args: argparse.Namespace) -> int:
     """Other forms of checkpoints to folders that the pipelines load, and back."""
     if args.kind == "assemble":
         check_folder(args.output, "-o")
-        config = {} if args.config is None else _read_json(args.config)
+        config = {} if args.config is None else read_json(args.config, CONFIG_HINT)
         _hush(args)
         from .conversion.assemble import assemble
 
@@ -379,19 +380,6 @@ def _names_of_split(table: Path, split: str) -> set[str]:
     if not rows or not {"name", "split"} <= rows[0].keys():
         raise InputError(f"--table {table}: has no columns name and split.")
     return {row["name"] for row in rows if row["split"] == split}
-
-
-def _read_json(path: Path) -> dict:
-    """A JSON file of settings."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file. Pass a JSON file of settings.") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: is not a JSON file ({error}).") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: is not a JSON object of settings.")
-    return config
 
 
 def _slug(text: str) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 import one2345pp
 
 from ..errors import InputError
-from .weights import empty_model, load_model, read_json
+from .weights import empty_model, load_model, read_checkpoint_json
 
 
 WEIGHT_NAMES = ("*.safetensors", "*.bin", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*.index.json")
@@ -43,7 +43,7 @@ class Folder:
         path = Path(path)
         if not path.is_dir():
             raise InputError(f"{path}: no such folder. Pass a pipeline's folder that is on this machine.")
-        folder = cls(path, read_json(path / "model_index.json"))
+        folder = cls(path, read_checkpoint_json(path / "model_index.json"))
         for name in folder.index:
             if not re.fullmatch(r"\w+", name):  # it becomes the name of a folder
                 raise InputError(

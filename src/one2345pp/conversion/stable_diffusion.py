@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
+from PIL import Image
 from transformers import CLIPImageProcessor, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -15,7 +16,7 @@ from ..geometry.cameras import CameraRig
 from ..pipelines.pipeline_multiview_tile import IMAGE_SCALE, MultiViewTilePipeline
 from .folders import Folder, check_new, written_whole
 from .ldm import CLASSES
-from .weights import load_model, read_json, stored_dtype
+from .weights import load_model, read_checkpoint_json, stored_dtype
 
 
 # Zero123++ section 2.1: a linear schedule has more steps of much noise than Stable Diffusion's scaled linear one.
@@ -28,7 +29,6 @@ SCHEDULE = {
     "timestep_spacing": "trailing",
     "steps_offset": 1,
 }
-BILINEAR, BICUBIC = 2, 3  # Pillow's numbers
 
 
 def multiview_from_stable_diffusion(
@@ -72,7 +72,10 @@ def multiview_from_stable_diffusion(
         vision_encoder=load_model(CLIPVisionModelWithProjection, vision_encoder, dtype, config=vision_config),
         feature_extractor_clip=_clip_extractor(Path(vision_encoder), vision_config.image_size),
         feature_extractor_vae=CLIPImageProcessor(
-            **_square(reference_size), resample=BILINEAR, image_mean=[0.5] * 3, image_std=[0.5 / IMAGE_SCALE] * 3
+            **_square(reference_size),
+            resample=Image.Resampling.BILINEAR,
+            image_mean=[0.5] * 3,
+            image_std=[0.5 / IMAGE_SCALE] * 3,
         ),
         ramping_coefficients=[i / length for i in range(length)],  # FlexDiffuse, as Zero123++ began
         view_size=view_size,
@@ -97,7 +100,7 @@ def _tokenizer(path: Path) -> CLIPTokenizer:
 
 def _check_schedule(path: Path) -> None:
     """Refuse a UNet that does not predict v."""
-    kind = read_json(path / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+    kind = read_checkpoint_json(path / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
     if kind != "v_prediction":
         raise InputError(
             f"{path}: its scheduler says prediction_type {kind!r}, expected 'v_prediction'. Only a UNet that predicts v takes the "
@@ -148,7 +151,7 @@ def _vision_config(path: Path) -> CLIPVisionConfig:
     """Of an image encoder alone, or of both halves of CLIP, where the projection is a fact of the whole."""
     if not path.is_dir():
         raise InputError(f"{path}: no such folder. Pass the folder of a CLIP with its config.json and weights.")
-    config = read_json(path / "config.json")
+    config = read_checkpoint_json(path / "config.json")
     kind = config.get("model_type")
     if kind == "clip":
         config = {**config.get("vision_config", {}), "projection_dim": config.get("projection_dim", 512)}
@@ -159,10 +162,10 @@ def _vision_config(path: Path) -> CLIPVisionConfig:
 
 def _clip_extractor(path: Path, size: int) -> CLIPImageProcessor:
     """Pixels as the image encoder knows them."""
-    settings = {"resample": BICUBIC, "image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
+    settings = {"resample": Image.Resampling.BICUBIC, "image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
     for place in (path, path.parent / "feature_extractor_clip", path.parent / "feature_extractor"):
         if (place / "preprocessor_config.json").is_file():
-            found = read_json(place / "preprocessor_config.json")
+            found = read_checkpoint_json(place / "preprocessor_config.json")
             settings = {name: found.get(name, default) for name, default in settings.items()}
             break
     return CLIPImageProcessor(**_square(size), **settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import pickle
 import re
 import zipfile
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..json_files import read_json
 
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
@@ -125,7 +125,7 @@ def load_model(cls: type[nn.Module], folder: Path, dtype: torch.dtype | None = N
 
 def empty_model(cls: type[nn.Module], folder: Path) -> nn.Module:
     """The network that a folder's `config.json` describes, without weights (on the meta device)."""
-    read_json(Path(folder) / "config.json")  # says what is wrong better than the libraries
+    read_checkpoint_json(Path(folder) / "config.json")  # says what is wrong better than the libraries
     try:
         with init_empty_weights(include_buffers=False):
             if issubclass(cls, ModelMixin):
@@ -167,14 +167,6 @@ def fill(model: nn.Module, weights: dict[str, Tensor], source: str, dtype: torch
     return model if dtype is None else model.to(dtype)
 
 
-def read_json(path: Path) -> dict:
+def read_checkpoint_json(path: Path) -> dict:
     """A JSON object of a checkpoint."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file. Pass a folder that save_pretrained wrote.") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: is not a JSON file ({error}). Download it again.") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: is not a JSON object. Download it again.")
-    return content
+    return read_json(path, "Pass a whole folder that save_pretrained wrote.")

@@ -136,9 +136,8 @@ def _stl(mesh: trimesh.Trimesh, surface: Surface, stem: str) -> dict[str, bytes]
 def _usdz(mesh: trimesh.Trimesh, surface: Surface, stem: str) -> dict[str, bytes]:
     """USDA text and the texture in an uncompressed zip, each file's data aligned to 64 bytes (USDZ specification)."""
     image = _texture(mesh)
-    files = {
-        "scene.usda": _usda(mesh, surface.roughness, image is not None).encode()
-    }  # the first file is the one that is opened
+    # the first file is the one that is opened
+    files = {"scene.usda": _usda(mesh, surface.roughness, image is not None).encode()}
     if image is not None:
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, format="png")

@@ -13,6 +13,7 @@ from ..data.dataset import PreparedDataset
 from ..errors import InputError
 from ..models.condition_encoder import ConditionEncoder
 from . import views as training_views
+from .components import start_from
 from .drawn_views import DrawnViewsDataset
 from .global_vector import GlobalVector
 from .loop import train
@@ -57,10 +58,8 @@ class VolumeObjective:
             condition = ConditionEncoder(**config["condition"], sparse=self.stage == "sparse")
             unet = self.unet_class(**config["unet"])
         self.modules = nn.ModuleDict({"condition": condition, "unet": unet})
-        if self.settings["initial"] is not None:
-            for name, module in self.modules.items():
-                trained = type(module).from_pretrained(self.settings["initial"], subfolder=f"{self.stage}_{name}")
-                module.load_state_dict(trained.state_dict())
+        for name, module in self.modules.items():
+            start_from(self.settings["initial"], f"{self.stage}_{name}", module)
         self.scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type="sample")
 
     def kept(self, count: int, generator: torch.Generator, device) -> Tensor:

@@ -122,8 +122,8 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         patch_channels: Channels of a pre-trained encoder's patch features (768 for DINOv2-B/14); 0 for none.
         hidden_channels: Width of the shared MLP.
         pooling: `"max"` over views (the paper), or `"max_mean"` for both side by side.
-        hull_distances: How many of the largest distances to the views' silhouettes a cell is given beside its features (beyond the paper);
-            the largest alone is the distance to the visual hull. 0 for none.
+        hull_distances: How many of the largest distances to the views' silhouettes a cell is given beside its features (beyond the
+            paper); the largest alone is the distance to the visual hull. 0 for none.
 
     Source: One-2-3-45++ section 3.2, "local condition".
     """

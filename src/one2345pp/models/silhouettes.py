@@ -35,7 +35,7 @@ def silhouette_distance(
 
 
 def _nearest(mask: Tensor, reach: int) -> Tensor:
-    """Distance to the nearest true pixel, `[N, 1, S, S]`; `reach + 1` where none is within reach. Separable: first columns, then rows."""
+    """Distance to the nearest true pixel, `[N, 1, S, S]`, at most `reach + 1`; separable: along rows, then along columns."""
     far = float((reach + 1) ** 2)
     squared = torch.where(mask, 0.0, far)
     for axis in (-1, -2):
@@ -53,8 +53,11 @@ def hull_distances(
     present: Tensor,  # [V] bool
     count: int,
 ) -> Tensor:
-    """The `count` largest distances over the views, `[P, count]`: the first is the distance to the visual hull of all views, the second that
-    to the hull when any one view may be wrong. With fewer views the last is repeated; with none all are 0."""
+    """The `count` largest distances over the views, `[P, count]`.
+
+    The first is the distance to the visual hull, the second that to the hull when any one view may be wrong. With fewer views the last
+    is repeated; with none all are 0.
+    """
     seen = distances[present]
     if not len(seen):
         return distances.new_zeros(distances.shape[1], count)

@@ -67,9 +67,8 @@ def test_one_image_becomes_the_same_textured_mesh_twice(fresh_python, tmp_path):
     contents = []
     for run in ("first", "second"):
         mesh, preview = tmp_path / f"{run}.glb", tmp_path / f"{run}.png"
-        status, gibibytes, _seconds = fresh_python(GENERATE, ROOT / "examples" / "mushroom.png", mesh, preview).split()[
-            -3:
-        ]
+        printed = fresh_python(GENERATE, ROOT / "examples" / "mushroom.png", mesh, preview)
+        status, gibibytes, _seconds = printed.split()[-3:]
         assert status == "0"
         assert float(gibibytes) < 4
         contents.append(mesh.read_bytes())

@@ -24,13 +24,13 @@ def test_distances_are_those_of_a_search_over_all_pixels():
         to_inside = torch.cdist(pixels, pixels[inside]).amin(1) - 0.5
         to_outside = torch.cdist(pixels, pixels[~inside]).amin(1) - 0.5
         nearest = torch.where(inside, -to_outside, to_inside)
-        expected.append((nearest / FINER).clamp(-BAND, BAND).view(24 * FINER, -1))
-    torch.testing.assert_close(silhouette_distance(alpha), torch.stack(expected), atol=1e-3, rtol=0)
+        expected.append((nearest / (24 * FINER)).clamp(-BAND, BAND).view(24 * FINER, -1))
+    torch.testing.assert_close(silhouette_distance(alpha), torch.stack(expected), atol=4e-5, rtol=0)
 
 
 def test_an_empty_and_a_full_mask_are_far_on_one_side():
-    assert (silhouette_distance(torch.full((8, 8), -1.0)) == BAND).all()
-    assert (silhouette_distance(torch.full((8, 8), 1.0)) == -BAND).all()
+    assert (silhouette_distance(torch.full((1, 8, 8), -1.0)) == BAND).all()
+    assert (silhouette_distance(torch.full((1, 8, 8), 1.0)) == -BAND).all()
 
 
 def test_hull_distances_leave_out_missing_views_and_repeat_the_last():

@@ -195,9 +195,9 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         outlines = silhouette_distance(views.images[index, :, 3])
         tangent = views.tan_half_fov[index]
         uv, depth = project_points(points, views.world_to_camera[index], tangent)  # [V, P, 2], [V, P]
-        pixels = F.grid_sample(outlines[:, None], uv[:, None].float(), padding_mode="border", align_corners=False)
-        pixel_size = 2 * tangent[:, None] * depth / views.images.shape[-1]  # world units
-        distances = (pixels[:, 0, 0] * pixel_size / HULL_BAND).clamp(-1, 1)
+        shares = F.grid_sample(outlines[:, None], uv[:, None].float(), padding_mode="border", align_corners=False)
+        side = 2 * tangent[:, None] * depth  # of the image at the point's depth, world units
+        distances = (shares[:, 0, 0] * side / HULL_BAND).clamp(-1, 1)
         return hull_distances(distances, views.present[index], self.config.hull_distances)
 
     def feature_maps(self, views: ViewBatch) -> list[Tensor]:

@@ -16,12 +16,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..geometry.cameras import CameraRig, project_points
 from ..geometry.volume import cell_centers
-from .silhouettes import hull_distances, silhouette_distance
 from .sparse import SparseDownConv3d, SparseGrid
 from .unet_sparse import ProjectedPixels
-
-
-HULL_BAND = 0.1  # world units: distances to silhouettes are cut there
 
 
 @dataclass
@@ -122,8 +118,6 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         patch_channels: Channels of a pre-trained encoder's patch features (768 for DINOv2-B/14); 0 for none.
         hidden_channels: Width of the shared MLP.
         pooling: `"max"` over views (the paper), or `"max_mean"` for both side by side.
-        hull_distances: How many of the largest distances to the views' silhouettes a cell is given beside its features (beyond the
-            paper); the largest alone is the distance to the visual hull. 0 for none.
 
     Source: One-2-3-45++ section 3.2, "local condition".
     """
@@ -141,7 +135,6 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         patch_channels: int = 768,
         hidden_channels: int = 64,
         pooling: str = "max",
-        hull_distances: int = 0,
     ):
         super().__init__()
         if pooling not in ("max", "max_mean"):
@@ -152,7 +145,7 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         self.from_patches = nn.Conv2d(patch_channels, hidden_channels, 1, bias=False) if patch_channels else None
         self.shared = nn.Linear(hidden_channels, hidden_channels)
         pooled = hidden_channels * (2 if pooling == "max_mean" else 1)
-        self.project = nn.Linear(pooled + 3 + hull_distances, channels[0])
+        self.project = nn.Linear(pooled + 3, channels[0])
         down = SparseDownConv3d if sparse else _DenseDown
         self.down = nn.ModuleList(down(a, b) for a, b in zip(channels[:-1], channels[1:], strict=True))
 
@@ -168,37 +161,23 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         maps = self.feature_maps(views)
         if self.config.sparse:
             points = cell_centers(grid.coords[:, 1:], self.config.resolution)
-            features = [self.at_points(maps, views, points[grid.sample_index == b], b) for b in range(len(views))]
-            levels = [torch.cat(features)]  # rows of a batch's grid are sorted by sample
+            pooled = [self.pool(maps, views, points[grid.sample_index == b], b) for b in range(len(views))]
+            pooled = torch.cat(pooled)  # rows of a batch's grid are sorted by sample
+            levels = [F.relu(self.project(torch.cat([pooled, points.to(pooled.dtype)], -1)))]
             for down in self.down:
                 levels.append(F.relu(down(levels[-1], grid)))
                 grid = grid.coarser
             return levels
         points, inside = self._grid_points(views.images.device)
-        features = torch.stack([self.at_points(maps, views, points, b) for b in range(len(views))])  # [B, P, C]
+        pooled = torch.stack([self.pool(maps, views, points, b) for b in range(len(views))])
+        points = points.to(pooled.dtype).expand(len(views), -1, -1)
+        features = F.relu(self.project(torch.cat([pooled, points], -1)))  # [B, P, C]
         volume = features.new_zeros(len(views), len(inside), features.shape[-1])
         volume[:, inside] = features
         levels = [volume.mT.unflatten(-1, [self.config.resolution] * 3)]  # a view: channels last
         for down in self.down:
             levels.append(F.relu(down(levels[-1])))
         return levels
-
-    def at_points(self, maps: list[Tensor], views: ViewBatch, points: Tensor, index: int) -> Tensor:
-        """The condition of one sample at points: `[P, 3] -> [P, channels[0]]`."""
-        parts = [self.pool(maps, views, points, index), points]
-        if self.config.hull_distances:
-            parts.append(self.hull(views, points, index))
-        return F.relu(self.project(torch.cat([part.to(self.dtype) for part in parts], -1)))
-
-    def hull(self, views: ViewBatch, points: Tensor, index: int) -> Tensor:
-        """Distances to the silhouettes at the points' depths, as shares of `HULL_BAND`: `[P, 3] -> [P, hull_distances]`."""
-        outlines = silhouette_distance(views.images[index, :, 3])
-        tangent = views.tan_half_fov[index]
-        uv, depth = project_points(points, views.world_to_camera[index], tangent)  # [V, P, 2], [V, P]
-        shares = F.grid_sample(outlines[:, None], uv[:, None].float(), padding_mode="border", align_corners=False)
-        side = 2 * tangent[:, None] * depth  # of the image at the point's depth, world units
-        distances = (shares[:, 0, 0] * side / HULL_BAND).clamp(-1, 1)
-        return hull_distances(distances, views.present[index], self.config.hull_distances)
 
     def feature_maps(self, views: ViewBatch) -> list[Tensor]:
         """The MLP's first layer in image space: maps `[B, V, hidden, h, w]`, to be sampled and summed."""

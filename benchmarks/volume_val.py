@@ -83,7 +83,7 @@ def measure(pipe: One2345PlusPlusPipeline, item: dict, prepared: PreparedDataset
         first = 6 * RIGS.index(args.rig)
         views = [Image.fromarray(view.numpy()) for view in item["views"][first : first + 6]]
         rig = args.rig
-    views, rigs, images = volume.check_inputs([views], rig, picture, "mesh", (1, 1), [])
+    views, rigs, images, _ = volume.check_inputs([views], rig, picture, None, "mesh", (1, 1), [])
     vector = volume.encode_image(images, 1)
 
     sdf, truncation = item["sdf"].float() / 127, prepared.truncation
@@ -99,7 +99,7 @@ def measure(pipe: One2345PlusPlusPipeline, item: dict, prepared: PreparedDataset
     )
 
     def fine(grid: SparseGrid) -> tuple[Tensor, SparseVolume]:
-        pictures = volume.prepare_views(views, rigs, volume.sparse_condition.config.image_size)
+        pictures = volume.prepare_views(views, rigs, volume.sparse_condition)
         sample = volume.denoise_sparse(grid, pictures, vector, volume.config.default_num_sparse_steps, generator)
         return sample, volume.to_volumes(grid, sample)[0]
 

@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from one2345pp.errors import InputError
-from one2345pp.models.sparse import SparseConv3d, SparseGrid, SparseGroupNorm, SparseTensor, functional, tensor
+from one2345pp.models.sparse import (
+    SparseConv3d,
+    SparseGrid,
+    SparseGroupNorm,
+    SparseTensor,
+    functional,
+    set_sparse_backend,
+    spconv_backend,
+    tensor,
+)
 
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -228,6 +237,56 @@ def test_dense_and_back(rng):
 def test_unusable_coordinates_are_named(coords, match):
     with pytest.raises(InputError, match=match):
         SparseGrid(coords, 8, 2)
+
+
+def test_subdivided_voxels_are_the_children(voxels):
+    """Oracle: nearest interpolation of the dense occupancy; coarsening gives the parents back."""
+    dense = SparseTensor(torch.ones(len(voxels), 1), voxels).dense()
+    fine = voxels.subdivided()
+    expected = F.interpolate(dense, scale_factor=2, mode="nearest")[:, 0]
+    assert torch.equal(SparseTensor(torch.ones(len(fine), 1), fine).dense()[:, 0], expected)
+    assert set(map(tuple, fine.coarser.coords.tolist())) == set(map(tuple, voxels.coords.tolist()))
+    kept = voxels.coords[:, 1] > 2
+    assert torch.equal(voxels.where(kept).coords, voxels.coords[kept])
+
+
+def test_spconv_is_refused_on_a_cpu_and_unknown_backends_are_named():
+    conv = SparseConv3d(4, 4)
+    with pytest.raises(InputError, match="spconv: runs on CUDA here, got tensors on cpu"):
+        set_sparse_backend(conv, "spconv")
+    with pytest.raises(InputError, match="torch, spconv"):
+        set_sparse_backend(conv, "minkowski")
+    assert conv.backend == "torch"
+
+
+def test_spconv_on_one_thread_equals_the_torch_twin(voxels, rng):
+    """Proves that weights, coordinates and batches are handed over right: spconv's own sums are right on one thread."""
+    pytest.importorskip("spconv.pytorch", reason="spconv is optional")
+    features, weight, bias = randn(len(voxels), 5, rng=rng), randn(3, 5, 3, 3, 3, rng=rng), randn(3, rng=rng)
+    with torch.no_grad():
+        theirs = spconv_backend.run_spconv(features, weight, bias, voxels)
+        torch.testing.assert_close(
+            theirs, functional.submanifold_conv3d(features, weight, bias, voxels), atol=1e-4, rtol=1e-4
+        )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["torch", "spconv"])
+def test_cuda_backends_equal_the_cpu(backend, voxels, rng):
+    """Oracle: the CPU's values and gradients."""
+    if backend == "spconv":
+        pytest.importorskip("spconv.pytorch", reason="spconv is optional")
+    conv = SparseConv3d(8, 16)
+    features = randn(len(voxels), 8, rng=rng)
+    expected = conv(features, voxels)
+    gradients = torch.autograd.grad(expected.square().sum(), [features, conv.weight])
+    conv.cuda()
+    set_sparse_backend(conv, backend)
+    moved = features.detach().cuda().requires_grad_()
+    found = conv(moved, voxels.to("cuda"))
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=1e-3)
+    for a, b in zip(torch.autograd.grad(found.square().sum(), [moved, conv.weight]), gradients, strict=True):
+        torch.testing.assert_close(a.cpu(), b, atol=1e-2, rtol=1e-2)
 
 
 def test_features_need_a_row_for_each_voxel(voxels):

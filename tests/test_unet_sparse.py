@@ -266,7 +266,7 @@ def test_lora_adapter_reaches_linear_layers():
 
 def test_full_size_exists_on_the_meta_device():
     """Proves that the published full-size configuration builds, without its memory."""
-    config = json.loads((ROOT / "configs" / "volume-full.json").read_text())["sparse_unet"]
+    config = json.loads((ROOT / "configs" / "sparse-full.json").read_text())["unet"]
     with torch.device("meta"):
         model = SparseUNet3DModel(**config)
     assert 1e8 < sum(p.numel() for p in model.parameters()) < 5e8

@@ -9,7 +9,7 @@ import torch
 from one2345pp import CameraRig, ConditionEncoder, OccupancyUNet3DModel, SparseUNet3DModel
 from one2345pp.geometry.cameras import project
 from one2345pp.geometry.volume import cell_centers
-from one2345pp.models.condition_encoder import ViewBatch, project_pixels, views_to_images
+from one2345pp.models.condition_encoder import ViewBatch, patch_features, project_pixels, views_to_images
 from one2345pp.models.sparse import SparseGrid
 
 
@@ -139,26 +139,22 @@ def test_gradient_checkpointing_changes_nothing():
     assert torch.allclose(*gradients, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["volume-full", "occupancy-small", "sparse-small"])
-def test_configs_instantiate_and_fit_each_other(name):
-    """The full size of the paper (64^3, then 128^3, DINOv2-B/14 features) and the small one are the same classes; meta device."""
-    config = json.loads((CONFIGS / f"{name}.json").read_text())
-    pairs = {
-        "volume-full": [("occupancy_unet", "occupancy_condition"), ("sparse_unet", "sparse_condition")],
-        "occupancy-small": [("unet", "condition")],
-        "sparse-small": [("unet", "condition")],
-    }[name]
-    for unet_key, condition_key in pairs:
-        kind = SparseUNet3DModel if "pixel_channels" in config[unet_key] else OccupancyUNet3DModel
-        with torch.device("meta"):
-            model = kind(**config[unet_key])
-            condition = ConditionEncoder(**config[condition_key])
-        assert tuple(condition.config.channels) == tuple(model.config.condition_channels)
-        assert condition.config.resolution == model.config.sample_size
-    if name == "volume-full":
-        assert config["occupancy_unet"]["sample_size"] == 64
-        assert config["sparse_unet"]["sample_size"] == 128
-        assert config["sparse_condition"]["patch_channels"] == 768
+@pytest.mark.parametrize(
+    "file", sorted(f for f in CONFIGS.iterdir() if f.stem.startswith(("occ", "sparse"))), ids=lambda file: file.stem
+)
+def test_configs_instantiate_and_fit_each_other(file):
+    """The full size of the paper (64^3, then 128^3, DINOv2-B/14 features), one level more, and the small one are the same classes."""
+    config = json.loads(file.read_text())
+    with torch.device("meta"):
+        model = (SparseUNet3DModel if file.stem.startswith("sparse") else OccupancyUNet3DModel)(**config["unet"])
+        condition = ConditionEncoder(**config["condition"])
+    assert tuple(condition.config.channels) == tuple(model.config.condition_channels)
+    assert condition.config.resolution == model.config.sample_size
+    if "full" in file.stem:
+        sizes = {"occupancy-full": 64, "sparse-full": 128, "sparse-full-256": 256}
+        assert model.config.sample_size == sizes[file.stem]
+        assert condition.config.patch_channels == 768
+        assert condition.config.image_size % 14 == 0
 
 
 def test_patch_features_are_sampled_from_a_dinov2():
@@ -174,7 +170,7 @@ def test_patch_features_are_sampled_from_a_dinov2():
     ).eval()
     pipe = SparseVolumeDiffusionPipeline(**volume_components(), patch_encoder=dino)
     images = torch.randn(2, 3, 4, 16, 16)
-    patches = pipe.encode_patches(images)
+    patches = patch_features(pipe.patch_encoder, images)
     assert patches.shape == (2, 3, 16, 4, 4)
     tokens = dino(
         (((images[1, 2:, :3] + 1) / 2) - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))

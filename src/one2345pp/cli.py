@@ -97,6 +97,7 @@ def build_parser() -> OneLineParser:
     prepare.add_argument("--split", metavar="NAME", help="only meshes of this split of the table")
     text = "for train multiview: only views of this rig, six azimuths of the input view in each frame"
     prepare.add_argument("--shapes", type=int, default=0, metavar="N", help="random procedural objects, beside meshes")
+    prepare.add_argument("--normals", action="store_true", help="frames hold the views' normals, too")
     prepare.add_argument("--rings", choices=RIGS, metavar="RIG", help=text)
 
     train = command("train", "train one stage")
@@ -121,6 +122,7 @@ def build_parser() -> OneLineParser:
     join.add_argument("--multiview", type=Path, required=True, metavar="DIR", help="folder of a first stage")
     join.add_argument("--occupancy", type=Path, required=True, metavar="DIR", help="output of train occupancy")
     join.add_argument("--sparse", type=Path, required=True, metavar="DIR", help="output of train sparse")
+    join.add_argument("--fine", type=Path, metavar="DIR", help="output of train sparse at twice the resolution")
     join.add_argument("--config", type=Path, metavar="JSON", help="arguments of the stages: volume, texture")
     join.add_argument("--card", type=Path, metavar="MD", help="model card")
     join.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")

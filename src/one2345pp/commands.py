@@ -159,6 +159,7 @@ def prepare(args: argparse.Namespace) -> int:
         table=args.table,
         rings=args.rings,
         shapes=args.shapes,
+        normals=args.normals,
     )
     return max((report(InputError(problem)) for problem in problems), default=0)
 
@@ -198,7 +199,7 @@ def convert(args: argparse.Namespace) -> int:
         _hush(args)
         from .conversion.assemble import assemble
 
-        assemble(args.multiview, args.occupancy, args.sparse, args.output, card=args.card, **config)
+        assemble(args.multiview, args.occupancy, args.sparse, args.output, fine=args.fine, card=args.card, **config)
         return 0
     _hush(args)
     dtype = None if args.dtype is None else _dtype(args.dtype)

@@ -30,6 +30,7 @@ def assemble(
     sparse: Path,
     output: Path,
     *,
+    fine: Path | None = None,
     volume: dict | None = None,
     texture: dict | None = None,
     sign_step_threshold: float | None = None,
@@ -43,13 +44,14 @@ def assemble(
         occupancy: Output of `train occupancy`: `occupancy_unet` and `occupancy_condition`.
         sparse: Output of `train sparse`: `sparse_unet` and `sparse_condition`.
         output: Folder to write; replaced when it is whole.
+        fine: Output of another `train sparse` at twice the resolution, for the volume stage's third network.
         volume: Scalar arguments of `SparseVolumeDiffusionPipeline`, such as its default steps.
         texture: Scalar arguments of `TextureRefinementPipeline`.
         sign_step_threshold: Of the occupancy scheduler; LAS-Diffusion has 0.7, the small checkpoint does better without on `val`.
         card: Model card, copied as `README.md`.
         dtype: Of the weights on disk.
     """
-    for folder in (multiview, occupancy, sparse):
+    for folder in (multiview, occupancy, sparse, *([] if fine is None else [fine])):
         if not Path(folder).is_dir():
             raise InputError(f"{folder}: no such folder. Pass the outputs of the three trainings.")
     sparse_unet = SparseUNet3DModel.from_pretrained(Path(sparse) / "sparse_unet")
@@ -63,6 +65,8 @@ def assemble(
         sparse_scheduler=LogSNRScheduler(clip_sample=True),
         vision_encoder=first.vision_encoder,
         feature_extractor_clip=first.feature_extractor_clip,
+        fine_condition=None if fine is None else ConditionEncoder.from_pretrained(Path(fine) / "sparse_condition"),
+        fine_unet=None if fine is None else SparseUNet3DModel.from_pretrained(Path(fine) / "sparse_unet"),
         **{"truncation": TRUNCATION_CELLS / sparse_unet.config.sample_size, **(volume or {})},
     )
     chain = One2345PlusPlusPipeline.from_stages(first, second, TextureRefinementPipeline(**(texture or {})))

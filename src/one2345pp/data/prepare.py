@@ -51,6 +51,7 @@ def prepare(
     table: Path | None = None,
     rings: str | None = None,
     shapes: int = 0,
+    normals: bool = False,
 ) -> list[str]:
     """Render and voxelise meshes into a folder that training reads. Frames that are there already are kept.
 
@@ -65,6 +66,7 @@ def prepare(
         table: CSV with columns `name` and `tier`, for sampling by tier.
         rings: Make rings of this rig, which the first stage learns from, instead of frames, which the volume stages need.
         shapes: So many random procedural objects beside the meshes, tier `procedural`.
+        normals: Frames hold the normals of their views, too, for condition encoders that take them.
 
     Returns:
         A line for each object that could not be used, saying why.
@@ -76,13 +78,16 @@ def prepare(
     tiers = {} if table is None else _read_tiers(table)
     rigs = RIGS if rings is None else (rings,)
     meta = {"format": 1, "view_size": view_size, "resolution": resolution, "rigs": rigs, "inputs": INPUTS_PER_FRAME}
-    meta["rings"] = rings is not None
+    meta["rings"], meta["normals"] = rings is not None, normals
     meta["tiers"] = {Path(m).stem: tiers.get(Path(m).stem, "lowpoly") for m in meshes}
     names = [f"procedural_{number:05d}" for number in range(shapes)]
     meta["tiers"].update(dict.fromkeys(names, "procedural"))
     meta["truncation"] = TRUNCATION_CELLS / resolution
     (output / "index.json").write_text(json.dumps(meta))
-    spec = {"view_size": view_size, **({"resolution": resolution} if rings is None else {"rig": rings})}
+    spec = {
+        "view_size": view_size,
+        **({"resolution": resolution, "normals": normals} if rings is None else {"rig": rings}),
+    }
     sources = [*map(Path, meshes), *names]
     jobs = [(source, output, frame, seed, spec) for frame in range(frames) for source in sources]
     with ProcessPoolExecutor(workers) as pool:
@@ -127,18 +132,25 @@ def _prepare_frame(job: tuple[Path | str, Path, int, int, dict]) -> str | None:
 
 
 def make_frame(
-    mesh: trimesh.Trimesh, azimuth: float, rng: np.random.Generator, view_size: int, resolution: int = 64
+    mesh: trimesh.Trimesh,
+    azimuth: float,
+    rng: np.random.Generator,
+    view_size: int,
+    resolution: int = 64,
+    normals: bool = False,
 ) -> dict[str, np.ndarray]:
     """One azimuth frame of a sphere-normalised mesh.
 
     Returns:
         `views [12, S, S, 4]` uint8 (six of each of `RIGS`), `inputs [I, S, S, 4]` uint8, `sdf [X, Y, Z]` int8 (127 is the truncation
-        distance) and `colors [N, 3]` uint8 of the cells with |sdf| < 127 in row-major order.
+        distance) and `colors [N, 3]` uint8 of the cells with |sdf| < 127 in row-major order; with `normals`, those of the views in
+        camera space as `(n + 1) / 2`, `normals [12, S, S, 3]` uint8.
     """
-    rig = CameraRig.cat([CameraRig.named(name) for name in RIGS])
-    views = render(mesh, rig.rotated(azimuth), view_size)
+    rig = CameraRig.cat([CameraRig.named(name) for name in RIGS]).rotated(azimuth)
+    views = render(mesh, rig, view_size)
     inputs = [render_input(mesh, azimuth, view_size, rng) for _ in range(INPUTS_PER_FRAME)]
-    return {"views": views, "inputs": np.stack(inputs), **_make_volume(mesh, azimuth, resolution)}
+    extra = {"normals": render(mesh, rig, view_size, shading="normal")[..., :3]} if normals else {}
+    return {"views": views, "inputs": np.stack(inputs), **extra, **_make_volume(mesh, azimuth, resolution)}
 
 
 def make_ring(

@@ -20,12 +20,17 @@ from .sparse import SparseDownConv3d, SparseGrid
 from .unet_sparse import ProjectedPixels
 
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+VIEW_FEATURES = ("local", "global", "none")
+
+
 @dataclass
 class ViewBatch:
     """Views of a batch of samples with their cameras.
 
     Args:
-        images: `[B, V, 4, S, S]` in [-1, 1]: colour composited on mid grey (0), then alpha.
+        images: `[B, V, C, S, S]` in [-1, 1]: colour composited on mid grey (0), then alpha, then what else the encoder's
+            `view_channels` are: normals, 0 outside the object.
         world_to_camera: `[B, V, 4, 4]`
         tan_half_fov: `[B, V]`
         present: `[B, V]` bool, false for padding.
@@ -64,17 +69,33 @@ class ViewBatch:
 
 
 def views_to_images(views: Tensor) -> Tensor:
-    """Straight-alpha RGBA in [0, 1], `[..., 4, S, S]`, to the encoder's images in [-1, 1] with the background at 0."""
-    alpha = views[..., 3:, :, :]
-    return torch.cat([(views[..., :3, :, :] * 2 - 1) * alpha, alpha * 2 - 1], -3)
+    """Straight-alpha RGBA in [0, 1], and normals in the same range if any, `[..., 4 or 7, S, S]`, to the encoder's images."""
+    alpha = views[..., 3:4, :, :]
+    values = (views * 2 - 1) * alpha
+    return torch.cat([values[..., :3, :, :], alpha * 2 - 1, values[..., 4:, :, :]], -3)
+
+
+@torch.no_grad()
+def patch_features(
+    encoder: nn.Module,
+    images: Tensor,  # [B, V, C, S, S] in [-1, 1]
+) -> Tensor:
+    """Feature maps of a frozen DINOv2 of the colours on grey, `[B, V, C, h, w]`; `S` is a multiple of its patch."""
+    patch = encoder.config.patch_size
+    if images.shape[-1] % patch:
+        raise InputError(f"image_size: {images.shape[-1]} is no multiple of the patch encoder's {patch} pixels.")
+    rgb = (images[:, :, :3].flatten(0, 1) + 1) / 2
+    mean, std = rgb.new_tensor(IMAGENET_MEAN).view(3, 1, 1), rgb.new_tensor(IMAGENET_STD).view(3, 1, 1)
+    tokens = encoder(((rgb - mean) / std).to(encoder.dtype)).last_hidden_state[:, 1:]
+    return tokens.mT.unflatten(-1, (images.shape[-1] // patch,) * 2).unflatten(0, images.shape[:2])
 
 
 class ViewStem(nn.Module):
-    """Small convolutional pyramid over a view; details and context meet at half its resolution. `[B, 4, S, S] -> [B, C, S/2, S/2]`."""
+    """Small convolutional pyramid over a view; details and context meet at half its resolution. `[B, I, S, S] -> [B, C, S/2, S/2]`."""
 
-    def __init__(self, channels: tuple[int, ...]):
+    def __init__(self, in_channels: int, channels: tuple[int, ...]):
         super().__init__()
-        widths = (4, *channels)
+        widths = (in_channels, *channels)
         self.down = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(c_in, c_out, 3, stride=2, padding=1),
@@ -118,8 +139,11 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         patch_channels: Channels of a pre-trained encoder's patch features (768 for DINOv2-B/14); 0 for none.
         hidden_channels: Width of the shared MLP.
         pooling: `"max"` over views (the paper), or `"max_mean"` for both side by side.
+        view_channels: 4 for RGBA, 7 with the views' normals, the paper's own future work.
+        view_features: `"local"`, each voxel's projection (the paper); for ablations `"global"`, the mean over each whole view, the
+            same for every voxel, or `"none"`, the voxel's place alone.
 
-    Source: One-2-3-45++ section 3.2, "local condition".
+    Source: One-2-3-45++ section 3.2, "local condition"; ablations: Table 4.
     """
 
     _supports_gradient_checkpointing = False
@@ -135,13 +159,17 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         patch_channels: int = 768,
         hidden_channels: int = 64,
         pooling: str = "max",
+        view_channels: int = 4,
+        view_features: str = "local",
     ):
         super().__init__()
+        if view_features not in VIEW_FEATURES:
+            raise InputError(f"view_features: got {view_features!r}, expected one of {', '.join(VIEW_FEATURES)}.")
         if pooling not in ("max", "max_mean"):
             raise InputError(f"pooling: got {pooling!r}, expected 'max' or 'max_mean'.")
-        self.stem = ViewStem(tuple(stem_channels)) if stem_channels else None
+        self.stem = ViewStem(view_channels, tuple(stem_channels)) if stem_channels else None
         # pixels reach the MLP beside the stem's features, so that silhouettes stay sharp
-        self.from_pixels = nn.Conv2d(4 + (stem_channels[0] if stem_channels else 0), hidden_channels, 1)
+        self.from_pixels = nn.Conv2d(view_channels + (stem_channels[0] if stem_channels else 0), hidden_channels, 1)
         self.from_patches = nn.Conv2d(patch_channels, hidden_channels, 1, bias=False) if patch_channels else None
         self.shared = nn.Linear(hidden_channels, hidden_channels)
         pooled = hidden_channels * (2 if pooling == "max_mean" else 1)
@@ -181,6 +209,12 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
 
     def feature_maps(self, views: ViewBatch) -> list[Tensor]:
         """The MLP's first layer in image space: maps `[B, V, hidden, h, w]`, to be sampled and summed."""
+        channels = views.images.shape[2]
+        if channels != self.config.view_channels:
+            raise InputError(
+                f"views: have {channels} channels, this encoder takes {self.config.view_channels}: 4 are colour and alpha, "
+                "7 have normals, too."
+            )
         images = views.images.to(self.dtype).flatten(0, 1)
         pixels = images
         if self.stem is not None:
@@ -196,8 +230,13 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
     def pool(self, maps: list[Tensor], views: ViewBatch, points: Tensor, index: int) -> Tensor:
         """Sample, finish the MLP and pool over the views of one sample: `[P, 3] -> [P, pooled]`."""
         present = views.present[index]
+        if self.config.view_features == "none":
+            return maps[0].new_zeros(len(points), self.project.in_features - 3)
         # channels before points, as `grid_sample` leaves them: no copies, and the MLP is a convolution of size 1
-        hidden = [views.sample(m[index], points, index).mT for m in maps]  # [V, hidden, P] each
+        if self.config.view_features == "local":
+            hidden = [views.sample(m[index], points, index).mT for m in maps]  # [V, hidden, P] each
+        else:
+            hidden = [m[index].mean((-2, -1))[..., None].expand(-1, -1, len(points)) for m in maps]
         hidden = hidden[0] if len(hidden) == 1 else sum(hidden)
         hidden = F.relu(F.conv1d(F.relu(hidden), self.shared.weight[..., None], self.shared.bias))
         if not present.all():

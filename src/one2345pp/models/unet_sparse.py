@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .embeddings import ConditionedTimeEmbedding
-from .sparse import SparseConv3d, SparseDownConv3d, SparseGrid, SparseGroupNorm, SparseUpConv3d
+from .sparse import (
+    SparseConv3d,
+    SparseDownConv3d,
+    SparseGrid,
+    SparseGroupNorm,
+    SparseUpConv3d,
+    set_sparse_backend,
+)
 from .sparse.functional import group_norm
 
 
@@ -164,6 +171,10 @@ class SparseUNet3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         hidden = F.silu(self.norm_out(hidden, grid))
         output = self._project_out(hidden, pixels)
         return SparseUNet3DOutput(output) if return_dict else (output,)
+
+    def set_sparse_backend(self, name: str) -> None:
+        """`"torch"` (the default, anywhere) or `"spconv"` (CUDA): what computes the convolutions; see `models.sparse`."""
+        set_sparse_backend(self, name)
 
     def _check_inputs(self, sample, levels, condition, pixels) -> None:
         if len(sample) != len(levels[0]):

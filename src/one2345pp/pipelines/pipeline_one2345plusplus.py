@@ -50,6 +50,8 @@ VOLUME_COMPONENTS = (
     "vision_encoder",
     "feature_extractor_clip",
     "patch_encoder",
+    "fine_condition",
+    "fine_unet",
 )
 
 
@@ -67,14 +69,15 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             Components of [`SparseVolumeDiffusionPipeline`].
         controlnet ([`ControlNetModel`], [`MultiControlNetModel`] or a list, *optional*): Steers the views by control pictures.
         patch_encoder (*optional*): Image features for the volume stage, if its weights were trained with them.
+        fine_condition ([`ConditionEncoder`], *optional*), fine_unet ([`SparseUNet3DModel`], *optional*): Its third network.
         multiview_config, volume_config, texture_config (`dict`, *optional*): The scalar arguments of the stages.
     """
 
     model_cpu_offload_seq = (
         "text_encoder->vision_encoder->unet->vae->patch_encoder"
-        "->occupancy_condition->occupancy_unet->sparse_condition->sparse_unet"
+        "->occupancy_condition->occupancy_unet->sparse_condition->sparse_unet->fine_condition->fine_unet"
     )
-    _optional_components = ["controlnet", "patch_encoder"]
+    _optional_components = ["controlnet", "patch_encoder", "fine_condition", "fine_unet"]
 
     def __init__(
         self,
@@ -94,6 +97,8 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         sparse_scheduler: KarrasDiffusionSchedulers,
         controlnet: ControlNetModel | MultiControlNetModel | list | tuple | None = None,
         patch_encoder: torch.nn.Module | None = None,
+        fine_condition: ConditionEncoder | None = None,
+        fine_unet: SparseUNet3DModel | None = None,
         multiview_config: dict | None = None,
         volume_config: dict | None = None,
         texture_config: dict | None = None,
@@ -116,6 +121,8 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             sparse_scheduler=sparse_scheduler,
             controlnet=MultiControlNetModel(controlnet) if isinstance(controlnet, list | tuple) else controlnet,
             patch_encoder=patch_encoder,
+            fine_condition=fine_condition,
+            fine_unet=fine_unet,
         )
         self.register_to_config(
             multiview_config=dict(multiview_config or {}),

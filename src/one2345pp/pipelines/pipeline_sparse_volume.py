@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -23,14 +22,15 @@ from ..errors import InputError
 from ..geometry.cameras import CameraRig
 from ..geometry.extract import volume_to_mesh
 from ..geometry.volume import SparseVolume
-from ..models.condition_encoder import ConditionEncoder, ViewBatch, project_pixels
+from ..models.condition_encoder import ConditionEncoder, ViewBatch, patch_features, project_pixels
 from ..models.sparse import SparseGrid
 from ..models.unet_occupancy import OccupancyUNet3DModel
 from ..models.unet_sparse import SparseUNet3DModel
 from .hub import SelfContainedMixin
+from .multiview_inputs import check_tensor_inputs
 from .pipeline_multiview_tile import composite_on_grey
 from .pipeline_output import SparseVolumePipelineOutput
-from .preprocess import isolate_object
+from .volume_inputs import RGBA, check_normals, check_views, encoder_views
 
 
 EXAMPLE_DOC_STRING = """
@@ -45,15 +45,13 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
     r"""Views of one object to its signed distance and colour (One-2-3-45++ section 3.2).
 
     First a dense diffusion draws which coarse cells hold surface; each is subdivided into eight, and a sparse diffusion draws
     signed distance and colour on those. Both predict the clean sample (`prediction_type="sample"`) and see the views through
-    their condition encoders.
+    their condition encoders. Beyond the paper, `fine_unet` subdivides what is near the surface once more.
 
     Args:
         occupancy_condition ([`ConditionEncoder`]): Dense condition pyramid of the first diffusion.
@@ -65,16 +63,21 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         vision_encoder ([`CLIPVisionModelWithProjection`], *optional*): Gives the global vector of the input image.
         feature_extractor_clip ([`CLIPImageProcessor`], *optional*): Prepares the input image for it.
         patch_encoder ([`Dinov2Model`], *optional*): Patch features of the views, for encoders that were trained with them.
-        truncation (`float`): Largest signed distance of the volume, in world units.
+        fine_condition ([`ConditionEncoder`], *optional*), fine_unet ([`SparseUNet3DModel`], *optional*): The same as
+            `sparse_condition` and `sparse_unet` at twice the resolution, on the children of the voxels near the surface.
+        truncation (`float`): Largest signed distance of the volume, in world units; half of it after `fine_unet`.
         occupancy_level (`float`): Cells above it are subdivided; below 0 surfaces get fewer holes, for more voxels.
+        fine_level (`float`): Voxels nearer to the surface are subdivided for `fine_unet`, in truncation distances.
+        max_voxels (`int`): A call with more active voxels is refused before they are denoised.
         default_num_occupancy_steps, default_num_sparse_steps (`int`), default_guidance_scale (`float`): What a call uses that
             does not say.
     """
 
     model_cpu_offload_seq = (
         "vision_encoder->patch_encoder->occupancy_condition->occupancy_unet->sparse_condition->sparse_unet"
+        "->fine_condition->fine_unet"
     )
-    _optional_components = ["vision_encoder", "feature_extractor_clip", "patch_encoder"]
+    _optional_components = ["vision_encoder", "feature_extractor_clip", "patch_encoder", "fine_condition", "fine_unet"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -88,8 +91,12 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         vision_encoder: CLIPVisionModelWithProjection | None = None,
         feature_extractor_clip: CLIPImageProcessor | None = None,
         patch_encoder: Dinov2Model | None = None,
+        fine_condition: ConditionEncoder | None = None,
+        fine_unet: SparseUNet3DModel | None = None,
         truncation: float = 0.025,
         occupancy_level: float = 0.0,
+        fine_level: float = 0.4,
+        max_voxels: int = 4_000_000,
         default_num_occupancy_steps: int = 50,
         default_num_sparse_steps: int = 20,
         default_guidance_scale: float = 1.0,
@@ -105,10 +112,14 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
             vision_encoder=vision_encoder,
             feature_extractor_clip=feature_extractor_clip,
             patch_encoder=patch_encoder,
+            fine_condition=fine_condition,
+            fine_unet=fine_unet,
         )
         self.register_to_config(
             truncation=truncation,
             occupancy_level=occupancy_level,
+            fine_level=fine_level,
+            max_voxels=max_voxels,
             default_num_occupancy_steps=default_num_occupancy_steps,
             default_num_sparse_steps=default_num_sparse_steps,
             default_guidance_scale=default_guidance_scale,
@@ -129,69 +140,36 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
     # --- steps of a call, in order ------------------------------------------------------------------------------
 
     def check_inputs(
-        self, views, cameras, image, output_type: str, steps: tuple[int, int], tensor_inputs: list[str]
-    ) -> tuple[list[list[Image.Image]], list[CameraRig], list[Image.Image] | None]:
-        """Views, rigs and input images as lists with one entry a sample; raise `InputError` for what cannot be used."""
+        self, views, cameras, image, normals, output_type: str, steps: tuple[int, int], tensor_inputs: list[str]
+    ) -> tuple[list[list[Image.Image]], list[CameraRig], list[Image.Image] | None, list[list[Image.Image]] | None]:
+        """Views, rigs, input images and normals as lists with one entry a sample; raise `InputError` for what cannot be used."""
         if output_type not in ("mesh", "volume", "pt", "latent"):
             raise InputError(f"output_type: got {output_type!r}, expected 'mesh', 'volume', 'pt' or 'latent'.")
         if min(steps) < 1:
             raise InputError(f"num_occupancy_steps, num_sparse_steps: got {steps}, expected at least 1 each.")
-        unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise InputError(
-                f"callback_on_step_end_tensor_inputs: {sorted(unknown)} not in {self._callback_tensor_inputs}."
-            )
-        if not isinstance(views, (list, tuple)) or len(views) == 0:
-            raise InputError("views: expected a list of PIL images, or a list of such lists.")
-        batch = [list(v) for v in views] if isinstance(views[0], (list, tuple)) else [list(views)]
-        rigs = [CameraRig.of(c) for c in (cameras if isinstance(cameras, (list, tuple)) else [cameras] * len(batch))]
-        if len(rigs) != len(batch):
-            raise InputError(f"cameras: got {len(rigs)} rigs for {len(batch)} samples. Pass one rig, or one a sample.")
-        for pictures, rig in zip(batch, rigs, strict=True):
-            if not all(isinstance(picture, Image.Image) for picture in pictures):
-                raise InputError(
-                    "views: expected PIL images. Read files with one2345pp.pipelines.preprocess.load_views."
-                )
-            if len(pictures) != len(rig):
-                name = f"rig {rig.name!r}, which has {len(rig)} cameras" if rig.name else f"a rig of {len(rig)} cameras"
-                raise InputError(
-                    f"views: got {len(pictures)} images for {name}. "
-                    f"Pass {len(rig)} images, or a CameraRig with {len(pictures)} cameras."
-                )
+        check_tensor_inputs(tensor_inputs, self._callback_tensor_inputs)
+        batch, rigs = check_views(views, cameras)
         images = None if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
         if images is not None and len(images) != len(batch):
             raise InputError(f"image: got {len(images)} input images for {len(batch)} samples.")
-        return batch, rigs, images
+        encoders = (self.occupancy_condition, self.sparse_condition, self.fine_condition)
+        needed = any(encoder is not None and encoder.config.view_channels > RGBA for encoder in encoders)
+        return batch, rigs, images, check_normals(normals, batch, needed)
 
-    def prepare_views(self, views: list[list[Image.Image]], rigs: list[CameraRig], size: int) -> ViewBatch:
-        """Views as a batch for a condition encoder of that image size. RGB views are cut out of their plain background."""
-        device, most = self._execution_device, max(len(v) for v in views)
-        batch = []
-        for pictures, rig in zip(views, rigs, strict=True):
-            images = torch.stack([_to_encoder_image(picture, size) for picture in pictures])[None]
-            one = ViewBatch.make(images, [rig])
-            pad = most - len(rig)  # fewer views than another sample has: repeat one, marked as absent
-            index = list(range(len(rig))) + [0] * pad
-            one.present = (torch.arange(most) < len(rig))[None]
-            one.images, one.world_to_camera = one.images[:, index], one.world_to_camera[:, index]
-            one.tan_half_fov = one.tan_half_fov[:, index]
-            batch.append(one)
-        fields = ("images", "world_to_camera", "tan_half_fov", "present")
-        merged = ViewBatch(*(torch.cat([getattr(one, name) for one in batch]) for name in fields)).to(device)
-        if self.patch_encoder is not None:
-            merged.patches = self.encode_patches(merged.images)
-        return merged
-
-    def encode_patches(
+    def prepare_views(
         self,
-        images: Tensor,  # [B, V, 4, S, S] in [-1, 1]
-    ) -> Tensor:
-        """Feature maps of the frozen patch encoder, `[B, V, C, h, w]`."""
-        rgb = (images[:, :, :3].flatten(0, 1) + 1) / 2
-        mean, std = rgb.new_tensor(IMAGENET_MEAN).view(3, 1, 1), rgb.new_tensor(IMAGENET_STD).view(3, 1, 1)
-        tokens = self.patch_encoder(((rgb - mean) / std).to(self.patch_encoder.dtype)).last_hidden_state[:, 1:]
-        side = images.shape[-1] // self.patch_encoder.config.patch_size
-        return tokens.mT.unflatten(-1, (side, side)).unflatten(0, images.shape[:2])
+        views: list[list[Image.Image]],
+        rigs: list[CameraRig],
+        condition: ConditionEncoder,
+        normals: list[list[Image.Image]] | None = None,
+    ) -> ViewBatch:
+        """Views as a batch for a condition encoder. RGB views are cut out of their plain background."""
+        size, channels = condition.config.image_size, condition.config.view_channels
+        normals = normals if channels > RGBA else None
+        batch = encoder_views(views, rigs, size, normals).to(self._execution_device)
+        if self.patch_encoder is not None:
+            batch.patches = patch_features(self.patch_encoder, batch.images)
+        return batch
 
     def encode_image(self, images: list[Image.Image] | None, batch_size: int) -> Tensor | None:
         """Global vectors of the input images, `[B, G]`: zero without images, `None` without an encoder."""
@@ -237,14 +215,24 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
     ) -> SparseGrid:
         """The eight children of every occupied cell."""
         occupied = occupancy[:, 0] > self.config.occupancy_level
-        for index, sample in enumerate(occupied):
-            if not sample.any():
+        return self.children(SparseGrid(occupied.nonzero(), occupied.shape[-1], len(occupied)))
+
+    def children(self, grid: SparseGrid) -> SparseGrid:
+        """The eight children of every voxel of `grid`; refused where a sample has none, or they are more than `max_voxels`."""
+        for index, found in enumerate(grid.counts.tolist()):
+            if not found:
                 raise InputError(
                     f"views: no surface was found in sample {index}. Check that the views show one object, that their masks "
                     "are not empty, and that the cameras look at the origin."
                 )
-        fine = occupied.repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
-        return SparseGrid(fine.nonzero(), fine.shape[-1], len(fine))
+        count, most = 8 * len(grid), self.config.max_voxels
+        if count > most:
+            raise InputError(
+                f"views: their surface has {count:,} active voxels at {2 * grid.resolution}^3, more than max_voxels, {most:,}. "
+                "Raise max_voxels if there is memory (docs/performance.md says how much), pass fewer objects at once, "
+                "or raise occupancy_level."
+            )
+        return grid.subdivided()
 
     def denoise_sparse(
         self,
@@ -254,10 +242,11 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         num_steps: int,
         generator,
         on_step: Callable | None = None,
+        fine: bool = False,
     ) -> Tensor:
         """Draw signed distance (in truncation distances) and colour (in [-1, 1]) on the voxels, `[N, 4]`."""
-        unet = self.sparse_unet
-        condition = self.sparse_condition(views, grid)
+        unet = self.fine_unet if fine else self.sparse_unet
+        condition = (self.fine_condition if fine else self.sparse_condition)(views, grid)
         pixels = project_pixels(views, grid) if unet.config.pixel_channels else None
         null_pixels = None if pixels is None else pixels._replace(valid=torch.zeros_like(pixels.valid))
 
@@ -305,10 +294,11 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         self,
         grid: SparseGrid,
         sample: Tensor,  # [N, 4]
+        fine: bool = False,
     ) -> list[SparseVolume]:
         """The denoised sample as one volume an object, on the CPU."""
         sample, coords, index = sample.float().cpu().clamp(-1, 1), grid.coords.cpu(), grid.sample_index.cpu()
-        truncation = self.config.truncation
+        truncation = self.config.truncation / (2 if fine else 1)
         return [
             SparseVolume(
                 coords[index == b, 1:],
@@ -335,6 +325,7 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the form of diffusers
+        normals: list[Image.Image] | list[list[Image.Image]] | None = None,
     ) -> SparseVolumePipelineOutput | tuple:
         r"""Reconstruct objects from views.
 
@@ -342,7 +333,7 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
             views (`list[PIL.Image.Image]` or a list of those): Views of each object, RGBA, or RGB on a plain background.
             cameras ([`CameraRig`], `str`, or a list, *optional*, defaults to `"zero123plus-v1.2"`): Their cameras.
             image (`PIL.Image.Image` or a list, *optional*): The input image, for the global vector.
-            num_occupancy_steps, num_sparse_steps (`int`, *optional*): Steps of the two diffusions.
+            num_occupancy_steps, num_sparse_steps (`int`, *optional*): Steps of the two diffusions; `fine_unet` takes the latter.
             guidance_scale (`float`, *optional*): Classifier-free guidance; 1 and less is without.
             generator (`torch.Generator` or a list, *optional*): Source of every random draw.
             output_type (`str`, *optional*, defaults to `"mesh"`): `"mesh"`, `"volume"`, `"pt"` (dense volumes
@@ -351,6 +342,8 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
             callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, {"latents": ...})` after every
                 step of both diffusions; steps are counted through.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): What it is given.
+            normals (`list[PIL.Image.Image]` or a list of those, *optional*): Camera-space normals of the views as `(n + 1) / 2`, for
+                condition encoders that take them (`view_channels=7`).
 
         Examples:
 
@@ -366,7 +359,9 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         )
         num_sparse_steps = self.config.default_num_sparse_steps if num_sparse_steps is None else num_sparse_steps
         steps, tensor_inputs = (num_occupancy_steps, num_sparse_steps), callback_on_step_end_tensor_inputs
-        views, rigs, images = self.check_inputs(views, cameras, image, output_type, steps, tensor_inputs)
+        views, rigs, images, normals = self.check_inputs(
+            views, cameras, image, normals, output_type, steps, tensor_inputs
+        )
         self._guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         self._interrupt = False
         count = 0
@@ -381,7 +376,7 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
 
         # 2. Encode the conditions, once a sample
         vector = self.encode_image(images, len(views))
-        occupancy_views = self.prepare_views(views, rigs, self.occupancy_condition.config.image_size)
+        occupancy_views = self.prepare_views(views, rigs, self.occupancy_condition, normals)
 
         # 3. Denoise the occupancy
         occupancy = self.denoise_occupancy(occupancy_views, vector, num_occupancy_steps, generator, on_step)
@@ -393,25 +388,20 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         grid = self.subdivide(occupancy)
 
         # 5. Denoise signed distance and colour
-        sparse_views = self.prepare_views(views, rigs, self.sparse_condition.config.image_size)
+        sparse_views = self.prepare_views(views, rigs, self.sparse_condition, normals)
         sample = self.denoise_sparse(grid, sparse_views, vector, num_sparse_steps, generator, on_step)
 
-        # 6. Volumes and meshes
-        volumes = self.to_volumes(grid, sample)
+        # 6. The same once more, twice as fine, where the surface is
+        fine = self.fine_unet is not None
+        if fine:
+            grid = self.children(grid.where(sample[:, 0].abs() < self.config.fine_level))
+            fine_views = self.prepare_views(views, rigs, self.fine_condition, normals)
+            sample = self.denoise_sparse(grid, fine_views, vector, num_sparse_steps, generator, on_step, fine=True)
+
+        # 7. Volumes and meshes
+        volumes = self.to_volumes(grid, sample, fine)
         self.maybe_free_model_hooks()
         meshes = [volume_to_mesh(volume) for volume in volumes] if output_type == "mesh" else None
         if output_type == "pt":
             volumes = torch.stack([volume.dense() for volume in volumes])
         return SparseVolumePipelineOutput(volumes, meshes) if return_dict else (volumes, meshes)
-
-
-def _to_encoder_image(picture: Image.Image, size: int) -> Tensor:
-    """RGBA to `[4, size, size]` in [-1, 1]: colour on mid grey (0), then alpha."""
-    rgba = picture if picture.mode == "RGBA" else isolate_object(picture)
-    premultiplied = rgba.convert("RGBa")
-    if premultiplied.size != (size, size):
-        premultiplied = premultiplied.resize(
-            (size, size), Image.Resampling.BOX if size < rgba.width else Image.Resampling.BICUBIC
-        )
-    values = torch.from_numpy(np.array(premultiplied)).movedim(-1, 0).float() / 255
-    return torch.cat([values[:3] * 2 - values[3:], values[3:] * 2 - 1])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..geometry.render import contact_sheet
+from ..models.condition_encoder import ConditionEncoder
 from ..models.unet_occupancy import OccupancyUNet3DModel
 from . import volume
 from .loop import step_generator
@@ -43,7 +44,7 @@ class OccupancyObjective(VolumeObjective):
         timesteps = torch.randint(1000, (size,), generator=generator).to(device)
         noisy = self.scheduler.add_noise(target, noise, timesteps)
         keep = self.kept(size, generator, device)
-        pyramid = [level * keep.view(-1, 1, 1, 1, 1) for level in self.modules["condition"](batch["views"])]
+        pyramid = [level * keep.view(-1, 1, 1, 1, 1) for level in self.condition(batch["views"])]
         vector = self.global_vector.dropped(batch["inputs"], keep, self.settings["vector_dropout"], generator)
         previous = None
         if torch.rand((), generator=generator).item() < self.settings["self_condition"]:
@@ -64,7 +65,7 @@ class OccupancyObjective(VolumeObjective):
             noise = torch.randn(target.shape, generator=generator)
             device = modules["unet"].device
             vector = self.global_vector(batch.inputs.to(device))
-            pyramid = modules["condition"](batch.views.to(device))
+            pyramid = self.condition(batch.views.to(device))
             prediction = modules["unet"](noise.to(device), 999, pyramid, vector).sample.cpu() > 0
             ious.append(_iou(prediction, target))
             if index < 6:
@@ -72,6 +73,32 @@ class OccupancyObjective(VolumeObjective):
                 rows.append([(255 * (1 - s / s.max().clamp(min=1e-3))).byte().numpy() for s in shades])
         contact_sheet(rows, 128).save(path)
         self.log_validation(path, shell_iou=sum(ious) / len(ious))
+
+
+class OccupancyPrediction:
+    """What a frozen occupancy network sees in the views of a batch: one step from noise.
+
+    Args:
+        folder: Holds `occupancy_condition` and `occupancy_unet`; `None` for no network, which is never called.
+        objective: Has the encoders that it shares: of the input pictures, and of patches.
+    """
+
+    def __init__(self, folder: str | None, objective: VolumeObjective):
+        self.objective = objective
+        if folder is not None:
+            self.condition = ConditionEncoder.from_pretrained(folder, subfolder="occupancy_condition")
+            self.unet = OccupancyUNet3DModel.from_pretrained(folder, subfolder="occupancy_unet")
+            for module in (self.condition, self.unet):
+                module.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, batch: SampleBatch, generator: torch.Generator) -> Tensor:
+        """`[B, x, y, z]`, about -1 (empty) to 1 (shell)."""
+        side = self.unet.config.sample_size
+        noise = torch.randn(len(batch.sdf), 1, side, side, side, generator=generator)
+        self.objective.add_patches(batch.views)
+        vector = self.objective.global_vector(batch.inputs)
+        return self.unet(noise, 999, self.condition(batch.views), vector).sample[:, 0]
 
 
 def _iou(a: Tensor, b: Tensor) -> float:

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..geometry.render import contact_sheet
 from ..models.condition_encoder import project_pixels
 from ..models.sparse import SparseGrid
 from ..models.unet_sparse import SparseUNet3DModel
 from . import volume
 from .loop import step_generator
-from .occupancy import shell_occupancy
+from .occupancy import OccupancyPrediction, shell_occupancy
 from .views import SampleBatch
 from .volume import VolumeObjective
 
@@ -22,8 +23,7 @@ def subdivide(
     occupied: Tensor,  # [B, x, y, z] bool
 ) -> SparseGrid:
     """The eight children of every occupied cell, as the active voxels of the next finer grid."""
-    fine = occupied.repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
-    return SparseGrid(fine.nonzero(), fine.shape[-1], len(fine))
+    return SparseGrid(occupied.nonzero(), occupied.shape[-1], len(occupied)).subdivided()
 
 
 class SparseObjective(VolumeObjective):
@@ -31,19 +31,41 @@ class SparseObjective(VolumeObjective):
 
     stage = "sparse"
     defaults = {
-        "support_noise": 0.3,
+        "support_noise": 0.3,  # each cell's threshold is off by up to this share (LAS-Diffusion)
         "color_weight": 1.0,
-    }  # each cell's threshold is off by up to this share (LAS-Diffusion)
+        "predicted_support": 0.0,  # probability that the support is what an occupancy network sees in the same views
+        "occupancy": None,  # folder of that network, `occupancy_condition` and `occupancy_unet`
+        "support_levels": (-0.8, -0.2),  # cells above a level drawn from here are the support
+    }
     unet_class = SparseUNet3DModel
+
+    def __init__(self, config: dict, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if self.settings["predicted_support"] and self.settings["occupancy"] is None:
+            raise InputError("config: predicted_support needs occupancy, the folder of a trained occupancy network.")
+        self.occupancy = OccupancyPrediction(self.settings["occupancy"], self)
 
     def collate(self, items: list[dict], generator: torch.Generator) -> dict:
         batch = SampleBatch(items, self.augmentation, generator)
-        return self.batch(batch, self.settings["support_noise"], generator)
+        low, high = self.settings["support_levels"]
+        predicted = torch.rand(len(items), generator=generator) < self.settings["predicted_support"]
+        levels = low + (high - low) * torch.rand(len(items), generator=generator)
+        return self.batch(batch, self.settings["support_noise"], generator, levels.where(predicted, torch.inf))
 
-    def batch(self, batch: SampleBatch, support_noise: float, generator: torch.Generator) -> dict:
-        """Support, and the target on it: `target [N, 4]` in [-1, 1], `known [N]` where a colour exists."""
+    def batch(
+        self, batch: SampleBatch, support_noise: float, generator: torch.Generator, levels: Tensor | None = None
+    ) -> dict:
+        """Support, and the target on it: `target [N, 4]` in [-1, 1], `known [N]` where a colour exists.
+
+        Samples with a finite level, `levels [B]`, have the predicted occupancy above it as support, the others the true one.
+        """
         wobble = 1 + support_noise * (2 * torch.rand(batch.sdf.shape, generator=generator) - 1)
-        grid = subdivide(shell_occupancy(batch.sdf / wobble, self.threshold))
+        occupied = shell_occupancy(batch.sdf / wobble, self.threshold)
+        if levels is not None and levels.isfinite().any():
+            predicted = self.occupancy(batch, generator) > levels.view(-1, 1, 1, 1)
+            usable = predicted.flatten(1).any(1)
+            occupied = torch.where(usable.view(-1, 1, 1, 1), predicted, occupied)
+        grid = subdivide(occupied)
         sample, x, y, z = grid.coords.unbind(1)
         sdf = batch.sdf[sample, x, y, z]
         colors = batch.colors[sample, :, x, y, z]
@@ -73,34 +95,40 @@ class SparseObjective(VolumeObjective):
     def predict(self, noisy: Tensor, timesteps: Tensor, batch: dict, keep: Tensor, vector: Tensor | None) -> Tensor:
         """The clean sample, with the condition of samples whose `keep [B]` is 0 dropped."""
         grid, views = batch["grid"], batch["views"]
-        pyramid = self.modules["condition"](views, grid)
+        pyramid = self.condition(views, grid)
         levels = grid.levels(len(pyramid))
         pyramid = [features * level.spread(keep[:, None]) for features, level in zip(pyramid, levels, strict=True)]
-        pixels = project_pixels(views, grid, keep)
+        pixels = project_pixels(views, grid, keep) if self.modules["unet"].config.pixel_channels else None
         return self.modules["unet"](noisy, timesteps, grid, pyramid, vector, pixels).sample
 
     def preview(self, modules: nn.ModuleDict, path: Path) -> None:
-        """Errors of one-step predictions on held-out objects with true occupancy, and a sheet of middle slices beside the truth."""
+        """Errors of one-step predictions on held-out objects, on the true and the predicted support, and a sheet of middle slices."""
         if self.validation is None:
             return
         generator = step_generator(0, 0)
-        device = modules["unet"].device
-        errors, rows = [], []
-        for index, sample in enumerate(self.held_out(32, generator)):
-            batch = self.batch(sample, 0.0, generator)
-            batch = {k: v.to(device) for k, v in batch.items()}
-            noise = torch.randn(batch["target"].shape, generator=generator).to(device)
-            steps, keep = torch.full((1,), 999, device=device), torch.ones(1, device=device)
-            prediction = self.predict(noise, steps, batch, keep, self.global_vector(batch["inputs"]))
-            known = batch["known"] > 0
-            sdf = (prediction[:, 0] - batch["target"][:, 0]).abs().mean().item()
-            mse = (prediction[known, 1:] - batch["target"][known, 1:]).div(2).square().mean()
-            errors.append((sdf, -10 * mse.log10().item()))
+        level = torch.tensor([sum(self.settings["support_levels"]) / 2])
+        supports = {"": None, "_predicted": level} if self.settings["predicted_support"] else {"": None}
+        figures, rows = {}, []
+        for index, sample in enumerate(self.held_out(16, generator)):
+            for support, levels in supports.items():
+                batch, prediction = self._one_step(modules, sample, levels, generator)
+                known, target = batch["known"] > 0, batch["target"]
+                sdf = (prediction[:, 0] - target[:, 0]).abs().mean().item()
+                mse = (prediction[known, 1:] - target[known, 1:]).div(2).square().mean()
+                figures.setdefault("sdf_error" + support, []).append(sdf)
+                figures.setdefault("color_psnr" + support, []).append(-10 * mse.log10().item())
             if index < 6:
                 rows.append(_slices(batch["grid"], batch["target"]) + _slices(batch["grid"], prediction))
         contact_sheet(rows, 128).save(path)
-        means = [sum(column) / len(errors) for column in zip(*errors, strict=True)]
-        self.log_validation(path, sdf_error=means[0], color_psnr=means[1])
+        self.log_validation(path, **{name: sum(values) / len(values) for name, values in figures.items()})
+
+    def _one_step(self, modules: nn.ModuleDict, sample: SampleBatch, levels: Tensor | None, generator) -> tuple:
+        """Batch and prediction, `[N, 4]`, of one held-out sample from pure noise."""
+        device = modules["unet"].device
+        batch = {k: v.to(device) for k, v in self.batch(sample, 0.0, generator, levels).items()}
+        noise = torch.randn(batch["target"].shape, generator=generator).to(device)
+        steps, keep = torch.full((1,), 999, device=device), torch.ones(1, device=device)
+        return batch, self.predict(noise, steps, batch, keep, self.global_vector(batch["inputs"]))
 
 
 def _slices(grid: SparseGrid, values: Tensor) -> list:

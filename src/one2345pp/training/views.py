@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.prepare import RIGS
+from ..errors import InputError
 from ..geometry.cameras import CameraRig
 from ..models.condition_encoder import ViewBatch, views_to_images
 from ..pipelines.preprocess import key_background
@@ -18,6 +19,7 @@ from ..pipelines.preprocess import key_background
 
 DEFAULTS = {
     "image_size": 96,
+    "normals": False,  # views have those of `prepare --normals` as channels 5 to 7
     "drawn": 0.5,  # probability of the views that a first stage drew, of samples that have some
     "mirror": 0.5,  # probability
     "recolor": 0.2,  # probability of permuting the colour channels
@@ -49,7 +51,7 @@ class SampleBatch:
 
         images, matrices, tangents, sdfs, colors, inputs, present = [], [], [], [], [], [], []
         for item in items:
-            rig, views, picture = _pick_views(item, chance("drawn"), generator)
+            rig, views, picture = _pick_views(item, chance("drawn"), config["normals"], generator)
             sdf = item["sdf"].float() / 127
             color = torch.zeros(3, *sdf.shape)
             x, y, z = item["coords"].T
@@ -57,6 +59,7 @@ class SampleBatch:
             matrix, tangent = rig.world_to_camera, rig.tan_half_fov
             if chance("mirror"):
                 views, picture, sdf, color = views.flip(-1), picture.flip(-1), sdf.flip(0), color.flip(1)
+                views[:, 4:5] = 1 - views[:, 4:5]  # normals point the other way across
                 flip = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
                 matrix = flip @ matrix @ flip
             if chance("recolor"):
@@ -84,10 +87,14 @@ class SampleBatch:
         self.sdf, self.colors, self.inputs = torch.stack(sdfs), torch.stack(colors), torch.stack(inputs)
 
 
-def _pick_views(item: dict, drawn: bool, generator: torch.Generator) -> tuple[CameraRig, Tensor, Tensor]:
-    """A rig, its views `[6, 4, S, S]` and an input picture `[4, S, S]`, in [0, 1]; the true ones unless the first stage drew some."""
+def _pick_views(item: dict, drawn: bool, normals: bool, generator: torch.Generator) -> tuple[CameraRig, Tensor, Tensor]:
+    """A rig, its views `[6, 4 or 7, S, S]` and an input picture `[4, S, S]`, in [0, 1]; true unless the first stage drew some."""
     which = int(torch.randint(len(RIGS), (), generator=generator))
     views = item["views"][6 * which : 6 * which + 6]
+    if normals:
+        if "normals" not in item or "drawn" in item:
+            raise InputError("config: views have no normals. Make the data set with --normals, and draw no samples.")
+        views = torch.cat([views, item["normals"][6 * which : 6 * which + 6]], -1)
     number = int(torch.randint(len(item["inputs"]), (), generator=generator))
     if drawn and "drawn" in item:
         which, views, number = RIGS.index(DRAWN_RIG), item["drawn"], int(item["drawn_input"])
@@ -114,12 +121,12 @@ def perturb_cameras(
 
 
 def _rekey(views: Tensor) -> Tensor:
-    """Lose the masks on grey and key them again, `[V, 4, S, S]` in [0, 1]."""
-    alpha = views[:, 3:]
+    """Lose the masks on grey and key them again, `[V, C, S, S]` in [0, 1]."""
+    alpha = views[:, 3:4]
     rgb = views[:, :3] * alpha + (1 - alpha) * (127 / 255)
     pictures = (rgb * 255).round().byte().movedim(1, -1).numpy()
     keyed = [np.asarray(key_background(Image.fromarray(picture))) for picture in pictures]
-    return torch.from_numpy(np.stack(keyed)).movedim(-1, 1).float() / 255
+    return torch.cat([torch.from_numpy(np.stack(keyed)).movedim(-1, 1).float() / 255, views[:, 4:]], 1)
 
 
 def _resize(images: Tensor, size: int) -> Tensor:

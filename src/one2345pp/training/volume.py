@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from diffusers import DDPMScheduler, ModelMixin
 from torch import Tensor, nn
+from transformers import Dinov2Model
 
 from ..data.dataset import PreparedDataset
 from ..errors import InputError
-from ..models.condition_encoder import ConditionEncoder
+from ..models.condition_encoder import ConditionEncoder, ViewBatch, patch_features
 from . import views as training_views
 from .components import start_from
 from .drawn_views import DrawnViewsDataset
@@ -26,6 +27,7 @@ DEFAULTS = {
     "multiview": None,  # folder of a first stage: its image encoder gives the global vector, and it draws the drawn views
     "drawn_samples": 0,  # samples whose views the first stage draws, see `drawn_views`
     "drawn_steps": 10,  # denoising steps for each
+    "patch_encoder": None,  # folder or Hub id of a DINOv2, for condition encoders with patch_channels
     "initial": None,  # folder of a checkpoint whose weights to start from
 }
 
@@ -53,6 +55,10 @@ class VolumeObjective:
         self.threshold = self.settings["occupancy_threshold"] / truncation_cells
         self.validation = validation
         self.global_vector = GlobalVector(self.settings["multiview"])
+        self.patch_encoder = None
+        if self.settings["patch_encoder"] is not None:
+            self.patch_encoder = Dinov2Model.from_pretrained(self.settings["patch_encoder"])
+            self.patch_encoder.eval().requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.get("training", {}).get("seed", 0))
             condition = ConditionEncoder(**config["condition"], sparse=self.stage == "sparse")
@@ -62,15 +68,26 @@ class VolumeObjective:
             start_from(self.settings["initial"], f"{self.stage}_{name}", module)
         self.scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type="sample")
 
+    def add_patches(self, views: ViewBatch) -> None:
+        """Give views the features of the patch encoder, if there is one and they lack them."""
+        if self.patch_encoder is not None and views.patches is None:
+            views.patches = patch_features(self.patch_encoder.to(views.images.device), views.images)
+
+    def condition(self, views: ViewBatch, *grid) -> list[Tensor]:
+        """The condition pyramid of views."""
+        self.add_patches(views)
+        return self.modules["condition"](views, *grid)
+
     def kept(self, count: int, generator: torch.Generator, device) -> Tensor:
         """0 for samples whose condition is dropped, 1 for the others, `[count]`."""
         return (torch.rand(count, generator=generator) >= self.settings["condition_dropout"]).float().to(device)
 
     def held_out(self, count: int, generator: torch.Generator):
-        """The first `count` held-out samples, one by one, as their true views show them."""
+        """At most `count` held-out samples, spread over the set, one by one, as their true views show them."""
         still = {**self.augmentation, **dict.fromkeys(training_views.CHANCES, 0.0)}
-        for index in range(min(len(self.validation), count)):
-            yield training_views.SampleBatch([self.validation[index]], still, generator)
+        count = min(len(self.validation), count)
+        for index in range(count):
+            yield training_views.SampleBatch([self.validation[index * len(self.validation) // count]], still, generator)
 
     def log_validation(self, preview: Path, **figures: float) -> None:
         """Add figures to the `validation.jsonl` beside a preview, at the preview's step."""

@@ -10,8 +10,31 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from ...errors import InputError
+from . import functional, spconv_backend
 from .tensor import SparseGrid
+
+
+BACKENDS = {"torch": functional.submanifold_conv3d, "spconv": spconv_backend.submanifold_conv3d}
+
+
+def set_sparse_backend(model: nn.Module, name: str) -> None:
+    """Choose what computes the convolutions of size 3 of a model; all other layers are matrix products already.
+
+    Args:
+        model: Holds `SparseConv3d` layers, on the device that it will run on.
+        name: `"torch"`, which runs anywhere, or `"spconv"`, on CUDA where it is installed.
+
+    Raises:
+        InputError: If there is no backend of that name, or it cannot run here.
+    """
+    if name not in BACKENDS:
+        raise InputError(f"sparse backend: got {name!r}, expected one of {', '.join(BACKENDS)}.")
+    if name == "spconv":
+        spconv_backend.check_spconv(next(model.parameters()).device)
+    for module in model.modules():
+        if isinstance(module, SparseConv3d):
+            module.backend = name
 
 
 class _SparseConv(nn.Module):
@@ -25,13 +48,15 @@ class _SparseConv(nn.Module):
 
 
 class SparseConv3d(_SparseConv):
-    """`functional.submanifold_conv3d`: `[N, C_in] -> [N, C_out]`, kernel 3."""
+    """`functional.submanifold_conv3d`: `[N, C_in] -> [N, C_out]`, kernel 3. `set_sparse_backend` says what computes it."""
+
+    backend = "torch"
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
         super().__init__((out_channels, in_channels, 3, 3, 3), out_channels, 27 * in_channels, bias)
 
     def forward(self, features: Tensor, grid: SparseGrid) -> Tensor:
-        return functional.submanifold_conv3d(features, self.weight, self.bias, grid)
+        return BACKENDS[self.backend](features, self.weight, self.bias, grid)
 
 
 class SparseDownConv3d(_SparseConv):

@@ -41,6 +41,7 @@ class SparseGrid:
         self.coords = coords.long()
         self.resolution = resolution
         self.batch_size = batch_size
+        self.backend_maps: dict[str, object] = {}  # what other backends keep of these voxels
         limits = self.coords.new_tensor([batch_size, resolution, resolution, resolution])
         if not ((self.coords >= 0) & (self.coords < limits)).all():
             raise InputError(
@@ -67,6 +68,17 @@ class SparseGrid:
         """The same voxels on another device; maps are built again there."""
         coords = self.coords.to(device)
         return self if coords is self.coords else SparseGrid(coords, self.resolution, self.batch_size)
+
+    def where(self, kept: Tensor) -> SparseGrid:
+        """The voxels that a mask `[N]` keeps."""
+        return SparseGrid(self.coords[kept], self.resolution, self.batch_size)
+
+    def subdivided(self) -> SparseGrid:
+        """The eight children of every voxel, at twice the resolution; rows keep the order of their parents."""
+        cells = torch.cartesian_prod(*[torch.arange(2, device=self.device)] * 3)
+        fine = self.coords.repeat_interleave(8, 0)
+        fine[:, 1:] = 2 * fine[:, 1:] + cells.repeat(len(self), 1)
+        return SparseGrid(fine, 2 * self.resolution, self.batch_size)
 
     def levels(self, count: int) -> list[SparseGrid]:
         """This grid and the `count - 1` coarser ones below it."""

@@ -1,0 +1,166 @@
+"""Benchmark: the sparse engine's convolution against the machine's matrix products, dense convolution and spconv, in one run.
+
+    python benchmarks/sparse.py [--channels 16 32 64 128] [--voxels 10000 50000 200000 1000000] [--output REPORT.json]
+
+The voxels are a sphere's shell, three cells thick, in the order of their coordinates, as a volume's are. Every time is the median of
+several calls without gradients, in float32. Columns of the table:
+
+- `ours`: 2 * 27 * C * C * N operations over the time of `submanifold_conv3d`, on all threads asked for.
+- `share`: of the rate of a plain product of `[8192, 27 C]` by `[27 C, C]` on as many threads, timed just before.
+- `dense`: how many times longer `torch.nn.functional.conv3d` takes on the whole grid; only where that fits in `--dense-gib`.
+- `spconv`: how many times longer spconv takes on one thread than ours on one thread (with more it returns wrong sums on a CPU).
+- `map`: seconds to find all neighbours, once for all layers and steps. `scratch`: MiB beyond the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+import torch.nn.functional as F
+
+from one2345pp.errors import InputError
+from one2345pp.models.sparse import SparseGrid, SparseTensor
+from one2345pp.models.sparse.functional import submanifold_conv3d
+from one2345pp.models.sparse.spconv_backend import run_spconv
+
+
+def main() -> None:
+    args = parse_arguments()
+    rows = []
+    print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
+    with torch.no_grad():
+        for voxels in args.voxels:
+            for channels in args.channels:
+                rows.append(measure(voxels, channels, args))
+                print(format_row(rows[-1]), flush=True)
+    if args.output is not None:
+        args.output.write_text(
+            json.dumps({"torch": torch.__version__, "threads": args.threads, "rows": rows}, indent=1)
+        )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--voxels", type=int, nargs="+", default=[10_000, 50_000, 200_000, 1_000_000])
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch, except beside spconv")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dense-gib", type=float, default=2.0, help="largest dense grid that is tried")
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    return parser.parse_args()
+
+
+def shell(voxels: int) -> SparseGrid:
+    """About so many voxels: those nearer than 1.5 cells to a sphere."""
+    radius = math.sqrt(voxels / (4 * math.pi * 3))
+    side = 2 * math.ceil(radius + 2)
+    axis = torch.arange(side) + 0.5 - side / 2
+    rows = []
+    for x, value in enumerate(axis):  # slice by slice: the grid of a million voxels has forty times as many cells
+        distance = (value**2 + axis[:, None] ** 2 + axis**2).sqrt()
+        yz = ((distance - radius).abs() < 1.5).nonzero()
+        rows.append(F.pad(yz, (2, 0)) + torch.tensor([0, x, 0, 0]))
+    return SparseGrid(torch.cat(rows), side, 1)
+
+
+def operands(grid: SparseGrid, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(channels, channels, 3, 3, 3, generator=rng) / math.sqrt(27 * channels)
+    return torch.randn(len(grid), channels, generator=rng), weight
+
+
+def measure(voxels: int, channels: int, args: argparse.Namespace) -> dict:
+    """One row of the table."""
+    torch.set_num_threads(args.threads)
+    grid = shell(voxels)
+    start = time.perf_counter()
+    grid.neighbors  # noqa: B018, built on access
+    row = {"voxels": len(grid), "side": grid.resolution, "channels": channels, "map": time.perf_counter() - start}
+    features, weight = operands(grid, channels)
+    operations = 54 * channels**2
+
+    left, right = torch.randn(8192, 27 * channels), torch.randn(27 * channels, channels)
+    product = 8192 * operations / seconds(lambda: left @ right, args.repeats * 3)
+    ours = seconds(lambda: submanifold_conv3d(features, weight, None, grid), args.repeats)
+    rate = len(grid) * operations / ours
+    row |= {"seconds": ours, "ours": rate / 1e9, "product": product / 1e9, "share": rate / product}
+
+    if 3 * grid.resolution**3 * channels * 4 < args.dense_gib * 2**30:
+        dense = SparseTensor(features, grid).dense()
+        row["dense"] = seconds(lambda: F.conv3d(dense, weight, padding=1), max(args.repeats // 2, 1)) / ours
+
+    torch.set_num_threads(1)
+    try:
+        theirs = run_spconv(features, weight, None, grid)
+    except ImportError:
+        pass  # optional: the column stays empty
+    else:
+        difference = (theirs - submanifold_conv3d(features, weight, None, grid)).abs().max().item()
+        if difference > 1e-3:
+            raise InputError(f"spconv: differs from ours by {difference:.1e}, so its time says nothing.")
+        single = seconds(lambda: submanifold_conv3d(features, weight, None, grid), args.repeats)
+        row["spconv"] = seconds(lambda: run_spconv(features, weight, None, grid), args.repeats) / single
+    torch.set_num_threads(args.threads)
+    row["scratch"] = scratch(lambda: submanifold_conv3d(features, weight, None, grid))
+    return row
+
+
+def seconds(work: Callable, repeats: int) -> float:
+    """Median time of a call, after one to warm up."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def scratch(work: Callable[[], torch.Tensor]) -> float:
+    """MiB by which a call raises the memory of the process beyond its output, read every millisecond beside it."""
+    process, done, peak = psutil.Process(), threading.Event(), 0
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    output = work()
+    done.set()
+    watcher.join()
+    return max(peak - before - output.nbytes, 0) / 2**20
+
+
+COLUMNS = {
+    "voxels": "{:,}",
+    "side": "{}",
+    "channels": "{}",
+    "seconds": "{:.4f}",
+    "ours": "{:.0f}",
+    "product": "{:.0f}",
+    "share": "{:.0%}",
+    "dense": "{:.1f}",
+    "spconv": "{:.2f}",
+    "map": "{:.3f}",
+    "scratch": "{:.0f}",
+}
+
+
+def format_row(row: dict) -> str:
+    return "| " + " | ".join(form.format(row[name]) if name in row else "" for name, form in COLUMNS.items()) + " |"
+
+
+if __name__ == "__main__":
+    main()

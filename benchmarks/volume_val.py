@@ -50,7 +50,13 @@ def main() -> None:
         with torch.no_grad():
             rows.append({"name": item["name"], "tier": item["tier"], **measure(pipe, item, prepared, args)})
     report = {
-        "settings": {"rig": args.rig, "drawn": args.drawn, "seed": args.seed, "points": args.points},
+        "settings": {
+            "rig": args.rig,
+            "steps": [args.occupancy_steps, args.sparse_steps],
+            "drawn": args.drawn,
+            "seed": args.seed,
+            "points": args.points,
+        },
         "seconds": (time.perf_counter() - start) / count,
         "objects": rows,
     }
@@ -66,6 +72,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=str(default_checkpoint()))
     parser.add_argument("--rig", choices=RIGS, default=RIGS[0], help="cameras of the true views")
     parser.add_argument("--drawn", action="store_true", help="views that the first stage draws")
+    parser.add_argument("--occupancy-steps", type=int, help="default: the checkpoint's")
+    parser.add_argument("--sparse-steps", type=int, help="default: the checkpoint's")
     parser.add_argument("--limit", type=int, help="only so many objects, spread over the set")
     parser.add_argument("--points", type=int, default=20_000, help="samples of each surface")
     parser.add_argument("--seed", type=int, default=0)
@@ -76,6 +84,7 @@ def parse_arguments() -> argparse.Namespace:
 def measure(pipe: One2345PlusPlusPipeline, item: dict, prepared: PreparedDataset, args) -> dict[str, float]:
     """All columns of one object; F-scores are 0 where there is no surface."""
     volume, generator = pipe.volume, torch.Generator().manual_seed(args.seed)
+    sparse_steps = args.sparse_steps or volume.config.default_num_sparse_steps
     picture = Image.fromarray(item["inputs"][0].numpy())
     if args.drawn:
         views, rig = pipe.multiview(picture, generator=generator, transparent=True).views[0], pipe.rig
@@ -89,7 +98,8 @@ def measure(pipe: One2345PlusPlusPipeline, item: dict, prepared: PreparedDataset
     sdf, truncation = item["sdf"].float() / 127, prepared.truncation
     cells = truncation * prepared.meta["resolution"]
     truth = shell_occupancy(sdf[None], VOLUME_DEFAULTS["occupancy_threshold"] / cells)
-    drawn = volume(views[0], cameras=rig, image=picture, output_type="latent", generator=generator).volumes
+    call = {"output_type": "latent", "generator": generator, "num_occupancy_steps": args.occupancy_steps}
+    drawn = volume(views[0], cameras=rig, image=picture, **call).volumes
     occupied = drawn[:, 0] > volume.config.occupancy_level
 
     colors = torch.zeros(*sdf.shape, 3)
@@ -100,7 +110,7 @@ def measure(pipe: One2345PlusPlusPipeline, item: dict, prepared: PreparedDataset
 
     def fine(grid: SparseGrid) -> tuple[Tensor, SparseVolume]:
         pictures = volume.prepare_views(views, rigs, volume.sparse_condition)
-        sample = volume.denoise_sparse(grid, pictures, vector, volume.config.default_num_sparse_steps, generator)
+        sample = volume.denoise_sparse(grid, pictures, vector, sparse_steps, generator)
         return sample, volume.to_volumes(grid, sample)[0]
 
     grid = subdivide(truth)

@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+import torch
 import trimesh
 from PIL import Image
 
@@ -13,7 +14,7 @@ from one2345pp.errors import InputError
 from one2345pp.geometry.cameras import CameraRig
 from one2345pp.geometry.framing import frame_object
 from one2345pp.geometry.mesh import load_mesh, normalize_to_sphere, surface_colors
-from one2345pp.geometry.rasterize import rasterize
+from one2345pp.geometry.rasterize import _say_licence, rasterize
 from one2345pp.geometry.render import contact_sheet, render, turntable
 
 
@@ -178,3 +179,25 @@ def test_a_real_mp4_is_written(quad, tmp_path):
     turntable(quad, tmp_path / "turn.mp4", frames=6, size=32)
     reader = ffmpeg.read_frames(str(tmp_path / "turn.mp4"))
     assert next(reader)["size"] == (32, 32) and len(list(reader)) == 6
+
+
+def test_the_licence_of_nvdiffrast_is_said_once(caplog):
+    _say_licence.cache_clear()
+    for _ in range(2):
+        _say_licence()
+    (said,) = caplog.messages
+    assert "research and evaluation only" in said
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nvdiffrast_sees_what_embree_sees():
+    """Oracle: Embree. Away from edges both name the same face, with the same place on it and the same depth."""
+    pytest.importorskip("nvdiffrast.torch", reason="nvdiffrast is optional")
+    mesh = trimesh.creation.icosphere(subdivisions=3, radius=0.4)
+    rig = CameraRig.named("zero123plus-v1.2")
+    ours, theirs = (rasterize(mesh, rig, 128, rasterizer=name) for name in ("embree", "nvdiffrast"))
+    assert (ours.mask == theirs.mask).mean() > 0.995
+    same = ours.mask & (ours.face_ids == theirs.face_ids)
+    assert same.sum() > 0.98 * ours.mask.sum()
+    np.testing.assert_allclose(ours.barycentrics[same], theirs.barycentrics[same], atol=2e-3)
+    np.testing.assert_allclose(ours.depth[same], theirs.depth[same], atol=1e-3)

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +15,9 @@ import trimesh
 
 from ..errors import InputError
 from .cameras import CameraRig
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -104,6 +109,8 @@ def _rasterize_nvdiffrast(mesh: trimesh.Trimesh, rig: CameraRig, height: int, wi
     import nvdiffrast.torch as dr
     import torch
 
+    _say_licence()
+
     vertices = torch.as_tensor(np.asarray(mesh.vertices), dtype=torch.float32, device="cuda")
     faces = torch.as_tensor(np.asarray(mesh.faces), dtype=torch.int32, device="cuda")
     rig = rig.to("cuda")
@@ -122,3 +129,10 @@ def _rasterize_nvdiffrast(mesh: trimesh.Trimesh, rig: CameraRig, height: int, wi
     corner_depth = -z[torch.arange(len(z), device="cuda")[:, None, None, None], faces.long()[face_ids.clamp(min=0)]]
     depth = torch.where(hit, (weights * corner_depth).sum(-1), torch.inf)
     return Fragments(face_ids.cpu().numpy(), (weights * hit[..., None]).cpu().numpy(), depth.cpu().numpy())
+
+
+@functools.cache  # at first use
+def _say_licence() -> None:
+    logger.warning(
+        "nvdiffrast: NVIDIA licenses it for research and evaluation only. For other uses take rasterizer='embree'."
+    )

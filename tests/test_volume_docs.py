@@ -1,11 +1,14 @@
 """docs/volume.md says what a volume is and how to bring views: its Python and commands run, with tiny weights."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import trimesh
 from PIL import Image
 from test_readme import blocks
+from test_training_volume import CONFIG
 
 import one2345pp
 from one2345pp import CameraRig
@@ -47,12 +50,24 @@ def test_python_runs(place, tiny_chain_folder, monkeypatch):
 
 
 def test_commands_run(place, tiny_chain_folder):
-    """Every command, with the tiny checkpoint and few steps, writes its mesh."""
+    """Every command, with the tiny checkpoint and few steps, writes its mesh; trainings with tiny configs write their networks."""
+    (place / "configs").mkdir()
+    (place / "meshes").mkdir()
+    trimesh.creation.box((0.6, 0.5, 0.4)).export(place / "meshes" / "box.ply")
+    for stage, config in CONFIG.items():
+        steps = {"training": config["training"] | {"max_steps": 1}}
+        (place / "configs" / f"{stage}-small.json").write_text(json.dumps(config | steps))
+    extra = {
+        "reconstruct": ["--model", str(tiny_chain_folder), "--no-refine"],
+        "prepare": ["--view-size", "16", "--resolution", "16", "--workers", "1"],
+        "train": ["--device", "cpu"],
+    }
     for block in blocks("bash", TEXT):
         for line in block.splitlines():
-            program, *arguments = line.split()
+            program, command, *arguments = line.split()
             assert program == "one2345pp"
-            extra = ["--model", str(tiny_chain_folder), "--no-refine", "--quiet"]
-            assert main([*arguments, *extra]) == 0
-            assert (place / "object.glb").stat().st_size > 0
-            (place / "object.glb").unlink()
+            assert main([command, *arguments, *extra[command], "--quiet"]) == 0
+            output = place / arguments[arguments.index("-o") + 1]
+            assert output.exists() if command != "train" else list(output.glob("*_unet/*.safetensors"))
+            if command == "reconstruct":
+                output.unlink()

@@ -88,7 +88,7 @@ def plan(
         check_file(output, "-o")
     else:
         check_folder(output, "-o")
-        output.mkdir(exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     return [
         Job(
             source,
@@ -125,14 +125,12 @@ def check_file(path: Path, option: str) -> None:
 
 
 def check_folder(path: Path, option: str) -> None:
-    """Refuse a path that is not, and could not become, a folder to write in."""
-    if path.is_dir():
-        if not os.access(path, os.W_OK):
-            raise InputError(f"{option} {path}: is not writable. Choose another folder.")
-        return
-    if path.exists():
-        raise InputError(f"{option} {path}: is a file, expected a folder.")
-    check_file(path, option)
+    """Refuse a path that is not, and could not become, a folder to write in; those above it are made with it."""
+    place = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise InputError(f"{option} {path}: {place} is a file, expected a folder.")
+    if not os.access(place, os.W_OK):
+        raise InputError(f"{option} {path}: {place} is not writable. Choose another folder.")
 
 
 def run_all(jobs: list[Job], run: Callable[[Job], None], quiet: bool = False, statuses: list[int] | None = None) -> int:

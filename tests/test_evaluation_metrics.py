@@ -6,7 +6,7 @@ import trimesh
 
 from one2345pp.errors import InputError
 from one2345pp.evaluation.align import align_yaw_icp, fit_similarity
-from one2345pp.evaluation.metrics import SurfacePoints, image_metrics, surface_metrics
+from one2345pp.evaluation.metrics import SurfacePoints, handles, image_metrics, surface_metrics
 
 
 def sphere(radius: float) -> trimesh.Trimesh:
@@ -156,3 +156,22 @@ def test_alignment_prefers_the_smaller_turn_of_a_symmetric_object():
     box = trimesh.creation.box((1, 1, 1))
     pred, truth = (SurfacePoints.from_mesh(box, 8_000, seed) for seed in (1, 0))
     assert np.abs(align_yaw_icp(pred, truth).matrix - np.eye(4)).max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: trimesh.creation.icosphere(2, 0.3), 0),
+        (lambda: trimesh.creation.torus(0.3, 0.1), 1),
+        (lambda: trimesh.util.concatenate([trimesh.creation.torus(0.3, 0.1), trimesh.creation.box()]), 1),
+    ],
+    ids=["ball", "torus", "two pieces"],
+)
+def test_handles_are_the_holes_through_a_mesh(make, expected):
+    """Oracle: known genus. Vertices split as files split them, and a face cut out, change nothing."""
+    mesh = make()
+    assert handles(mesh) == expected
+    split = trimesh.Trimesh(mesh.triangles.reshape(-1, 3), np.arange(3 * len(mesh.faces)).reshape(-1, 3), process=False)
+    assert handles(split) == expected
+    opened = trimesh.Trimesh(mesh.vertices, mesh.faces[1:], process=False)
+    assert handles(opened) == expected

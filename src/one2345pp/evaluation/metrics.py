@@ -27,6 +27,7 @@ DEFINITIONS = {
     "f_score@t": "harmonic mean of precision (share of predicted points within t of a true point) and recall (the reverse)",
     "chamfer_l2_mean": "mean unsquared L2 distance to the nearest point of the other set, averaged over the two directions",
     "normal_consistency": "mean absolute cosine between the normals of nearest points, averaged over the two directions",
+    "handles": "holes through the prediction: the genus of its surface, summed over its pieces, with open borders taken as filled",
     "mask_iou": "intersection over union of the silhouettes, mean over views",
     "psnr": f"dB over all pixels of unlit sRGB renders on white, mean over views, at most {MAX_PSNR:.0f}",
     "ssim": "structural similarity (Gaussian window, sigma 1.5, data range 1) of the same renders, mean over views and channels",
@@ -116,6 +117,18 @@ def surface_metrics(
     ]
     metrics["normal_consistency"] = float(np.mean(cosines))
     return metrics
+
+
+def handles(mesh: trimesh.Trimesh) -> float:
+    """Holes through a mesh, as in a mug's handle; a sieve has many. Vertices that files split are joined first.
+
+    With C pieces, B borders and the Euler number X = V - E + F of the whole, the genus is C - (X + B) / 2.
+    """
+    joined = trimesh.Trimesh(mesh.vertices, mesh.faces, process=True)
+    joined.update_faces(joined.nondegenerate_faces())
+    once = trimesh.grouping.group_rows(joined.edges_sorted, require_count=1)
+    borders = trimesh.graph.connected_components(joined.edges_sorted[once]) if len(once) else []
+    return float(joined.body_count - (joined.euler_number + len(borders)) / 2)
 
 
 def image_metrics(

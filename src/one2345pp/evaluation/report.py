@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..geometry.mesh import load_mesh, normalize_to_sphere
 from ..geometry.render import orbit, render
 from .align import align_yaw_icp
-from .metrics import DEFINITIONS, THRESHOLDS, SurfacePoints, image_metrics, surface_metrics
+from .metrics import DEFINITIONS, THRESHOLDS, SurfacePoints, handles, image_metrics, surface_metrics
 
 
 SUFFIXES = (".glb", ".obj", ".ply", ".stl")
@@ -139,10 +139,11 @@ def evaluate_pair(pred: trimesh.Trimesh, truth: trimesh.Trimesh, settings: Setti
     # flat colours: light would add a difference of normals to that of colours
     draw = partial(render, rig=rig, size=settings.image_size, supersample=1, shading="none")
     true_views = draw(truth) if rig else None
-    results = {}
+    results, through = {}, handles(pred)
     for name in settings.alignments:
         matrix = np.eye(4) if name == "none" else align_yaw_icp(pred_points, true_points).matrix
         metrics = surface_metrics(pred_points.transformed(matrix), true_points, settings.thresholds)
+        metrics["handles"] = through
         if rig:
             moved = pred.copy().apply_transform(np.linalg.inv(unit) @ matrix @ unit)
             metrics |= image_metrics(draw(moved), true_views)

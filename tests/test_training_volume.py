@@ -151,7 +151,11 @@ def test_a_run_with_drawn_views_and_first_weights(dataset, first_stage, tmp_path
 
 
 def test_bad_objective_settings_are_refused(dataset, tmp_path):
-    for objective, words in (({"drawn_sample": 3}, "drawn_samples"), ({"drawn_samples": 3}, "multiview")):
+    for objective, words in (
+        ({"drawn_sample": 3}, "drawn_samples"),
+        ({"drawn_samples": 3}, "multiview"),
+        ({"multiview": "nowhere"}, "objective.multiview: there is no folder nowhere"),
+    ):
         with pytest.raises(InputError, match=words):
             occupancy.run({**CONFIG["occupancy"], "objective": objective}, data=dataset.path, output=tmp_path)
 

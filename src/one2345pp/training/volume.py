@@ -51,6 +51,12 @@ class VolumeObjective:
         if unknown:
             raise InputError(f"config: objective has unknown keys {sorted(unknown)}. Known: {', '.join(known)}.")
         self.settings = {**known, **config.get("objective", {})}
+        for key in ("multiview", "occupancy", "initial"):
+            folder = self.settings.get(key)
+            if folder is not None and not Path(folder).is_dir():
+                raise InputError(
+                    f"config: objective.{key}: there is no folder {folder}. Train that network first, or null."
+                )
         self.augmentation = {**training_views.DEFAULTS, **config.get("views", {})}
         self.threshold = self.settings["occupancy_threshold"] / truncation_cells
         self.validation = validation

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from reconstruct_val import cut, true_pictures
 
+from one2345pp.geometry.cameras import CameraRig
 from one2345pp.geometry.mesh import load_mesh, normalize_to_sphere
 from one2345pp.geometry.render import contact_sheet, orbit, render
 
@@ -34,7 +35,7 @@ def main() -> None:
     for name in names:
         truth = normalize_to_sphere(load_mesh(args.results / "gt" / f"{name}.glb"))
         sides = list(render(truth, orbit(4), 2 * SIZE))
-        image, views = true_pictures(truth, "zero123plus-v1.2", 2 * SIZE)
+        image, views = true_pictures(truth, CameraRig.named("zero123plus-v1.2"), 2 * SIZE)
         strip = args.results / "generated_views" / f"{name}.png"
         drawn = cut(Image.open(strip)) if strip.exists() else [Image.new("RGB", (SIZE, SIZE))] * 6
         rows["reconstruct"].append([*(views[i] for i in VIEWS), *mesh_sides(args.results, "reconstruct", name), *sides])

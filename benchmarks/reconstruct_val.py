@@ -14,6 +14,7 @@ import csv
 import json
 import math
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="checkpoint folder or Hub id; default: the checkpoint in the package")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument(
-        "--rig", default="zero123plus-v1.2", choices=CameraRig.names(), help="cameras of the true views"
+        "--rig", default="zero123plus-v1.2", choices=(*CameraRig.names(), "random"), help="cameras of the true views"
     )
     parser.add_argument("--size", type=int, default=320, help="pixels along a side of the true views")
     parser.add_argument("--limit", type=int, help="only so many objects, spread over the tiers")
@@ -101,9 +102,20 @@ def link_truths(objects: list[dict], args: argparse.Namespace) -> None:
             link.symlink_to((args.objects / link.name).resolve())
 
 
-def true_pictures(mesh: trimesh.Trimesh, rig_name: str, size: int) -> tuple[Image.Image, list[Image.Image]]:
+def rig_for(name: str, object_name: str = "") -> CameraRig:
+    """A named rig, or `"random"`: six cameras of each object's own, 60 degrees apart give or take 20, at any height from -20 to 40
+    degrees, all with one lens of 25 to 55 degrees that just holds the object."""
+    if name != "random":
+        return CameraRig.named(name)
+    rng = np.random.default_rng(zlib.crc32(object_name.encode()))
+    azimuths = rng.uniform(0, 360) + 60 * np.arange(6) + rng.uniform(-20, 20, 6)
+    fov = math.radians(rng.uniform(25, 55))
+    return CameraRig.from_angles(azimuths.tolist(), rng.uniform(-20, 40, 6).tolist(), fov, 0.5 / math.sin(fov / 2))
+
+
+def true_pictures(mesh: trimesh.Trimesh, rig: CameraRig, size: int) -> tuple[Image.Image, list[Image.Image]]:
     """The input image, and the views of the rig, both RGBA."""
-    views = [Image.fromarray(view) for view in render(mesh, CameraRig.named(rig_name), size)]
+    views = [Image.fromarray(view) for view in render(mesh, rig, size)]
     fov = math.radians(30)
     front = CameraRig.from_angles([0.0], INPUT_ELEVATION, fov, 0.5 / math.tan(fov / 2))
     return frame_object(Image.fromarray(render(mesh, front, size)[0])), views
@@ -121,12 +133,13 @@ def predict(objects: list[dict], args: argparse.Namespace) -> None:
         if pipe is None and {"reconstruct", "generate"} & missing.keys():
             pipe = load_pipeline(args)
         truth = normalize_to_sphere(load_mesh(args.output / "gt" / f"{row['name']}.glb"))
-        image, views = true_pictures(truth, args.rig, args.size)
+        rig = rig_for(args.rig, row["name"])
+        image, views = true_pictures(truth, rig, args.size)
         for method, path in missing.items():
             start = time.perf_counter()
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                export_mesh(predict_one(method, pipe, image, views, args, path.stem), path)
+                export_mesh(predict_one(method, pipe, image, views, rig, args, path.stem), path)
                 print(f"{path.stem}: {method}: {time.perf_counter() - start:.1f} s", flush=True)
             except InputError as error:  # counted as missing by the evaluation
                 print(f"{path.stem}: {method}: {error}", flush=True)
@@ -140,11 +153,11 @@ def load_pipeline(args: argparse.Namespace):
     return pipe
 
 
-def predict_one(method, pipe, image: Image.Image, views: list[Image.Image], args, name: str) -> trimesh.Trimesh:
+def predict_one(method, pipe, image: Image.Image, views: list, rig: CameraRig, args, name: str) -> trimesh.Trimesh:
     generator = torch.Generator().manual_seed(args.seed)
     pictures = np.stack([np.asarray(view, np.float32) / 255 for view in views])
     if method == "reconstruct":
-        return pipe.volume(views, cameras=args.rig, image=image, generator=generator).meshes[0]
+        return pipe.volume(views, cameras=rig, image=image, generator=generator).meshes[0]
     if method == "generate":
         out = pipe(image, refine=False, generator=generator, elevation=INPUT_ELEVATION if args.elevation else None)
         folder = args.output / "generated_views"
@@ -152,7 +165,7 @@ def predict_one(method, pipe, image: Image.Image, views: list[Image.Image], args
         contact_sheet([out.views[0]], gap=0).save(folder / f"{name}.png")
         return out.meshes[0]
     if method == "hull":
-        return visual_hull(pictures[..., 3], args.rig, images=pictures[..., :3])
+        return visual_hull(pictures[..., 3], rig, images=pictures[..., :3])
     return extruded_silhouette(np.asarray(image))
 
 
@@ -202,7 +215,8 @@ def draw_sheets(objects: list[dict], args: argparse.Namespace) -> None:
     folder.mkdir(exist_ok=True)
     for name in [name for names in tiers.values() for name in sorted(names)[::step]]:
         truth = normalize_to_sphere(load_mesh(args.output / "gt" / f"{name}.glb"))
-        image, views = true_pictures(truth, args.rig, args.size)
+        rig = rig_for(args.rig, row["name"])
+        image, views = true_pictures(truth, rig, args.size)
         rows = [[label("image, true views"), image, *views], [label("truth"), *render(truth, orbit(4), 192)]]
         generated = args.output / "generated_views" / f"{name}.png"
         if generated.exists():

@@ -8,7 +8,8 @@ several calls without gradients, in float32. Columns of the table:
 - `ours`: 2 * 27 * C * C * N operations over the time of `submanifold_conv3d`, on all threads asked for.
 - `share`: of the rate of a plain product of `[8192, 27 C]` by `[27 C, C]` on as many threads, timed just before.
 - `dense`: how many times longer `torch.nn.functional.conv3d` takes on the whole grid; only where that fits in `--dense-gib`.
-- `spconv`: how many times longer spconv takes on one thread than ours on one thread (with more it returns wrong sums on a CPU).
+- `spconv`: how many times longer spconv takes on one thread than ours on one thread; `spconv_all`: than ours on all threads, since with
+  more than one spconv returns wrong sums on a CPU.
 - `map`: seconds to find all neighbours, once for all layers and steps. `scratch`: MiB beyond the output.
 """
 
@@ -108,7 +109,8 @@ def measure(voxels: int, channels: int, args: argparse.Namespace) -> dict:
         if difference > 1e-3:
             raise InputError(f"spconv: differs from ours by {difference:.1e}, so its time says nothing.")
         single = seconds(lambda: submanifold_conv3d(features, weight, None, grid), args.repeats)
-        row["spconv"] = seconds(lambda: run_spconv(features, weight, None, grid), args.repeats) / single
+        other = seconds(lambda: run_spconv(features, weight, None, grid), args.repeats)
+        row |= {"spconv": other / single, "spconv_all": other / ours}
     torch.set_num_threads(args.threads)
     row["scratch"] = scratch(lambda: submanifold_conv3d(features, weight, None, grid))
     return row
@@ -153,6 +155,7 @@ COLUMNS = {
     "share": "{:.0%}",
     "dense": "{:.1f}",
     "spconv": "{:.2f}",
+    "spconv_all": "{:.2f}",
     "map": "{:.3f}",
     "scratch": "{:.0f}",
 }

@@ -27,7 +27,7 @@ from one2345pp.geometry.mesh import load_mesh, normalize_to_sphere
 from one2345pp.geometry.render import contact_sheet, orbit, render
 
 
-RIG = "zero123plus-v1.2"
+RIG = CameraRig.named("zero123plus-v1.2")
 SHEET_ROWS = 12
 
 
@@ -83,7 +83,7 @@ def refine(pipe: One2345PlusPlusPipeline, truth: trimesh.Trimesh, args) -> tuple
         out = pipe(image, generator=generator)
         return out.coarse_meshes[0], out.meshes[0]
     coarse = pipe.volume(views, cameras=RIG, image=image, generator=generator).meshes[0]
-    return coarse, pipe.texture(coarse, views, cameras=CameraRig.named(RIG), generator=generator).meshes[0]
+    return coarse, pipe.texture(coarse, views, cameras=RIG, generator=generator).meshes[0]
 
 
 def compare(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:

@@ -8,8 +8,8 @@ several calls without gradients, in float32. Columns of the table:
 - `ours`: 2 * 27 * C * C * N operations over the time of `submanifold_conv3d`, on all threads asked for.
 - `share`: of the rate of a plain product of `[8192, 27 C]` by `[27 C, C]` on as many threads, timed just before.
 - `dense`: how many times longer `torch.nn.functional.conv3d` takes on the whole grid; only where that fits in `--dense-gib`.
-- `spconv`: how many times longer spconv takes on one thread than ours on one thread; `spconv_all`: than ours on all threads, since with
-  more than one spconv returns wrong sums on a CPU.
+- `spconv`: how many times longer spconv takes on one thread than ours on one thread; `spconv_all`: than ours on all threads, since
+  with more than one spconv returns wrong sums on a CPU.
 - `map`: seconds to find all neighbours, once for all layers and steps. `scratch`: MiB beyond the output.
 """
 

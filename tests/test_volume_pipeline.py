@@ -136,6 +136,14 @@ def test_any_rig_and_number_of_views(pipe, views):
     assert torch.allclose(together[:1], alone, atol=1e-4)
 
 
+def test_24_views_of_mixed_sizes(pipe, views):
+    """Oracle: pixels repeated two and three times shrink back to what they were."""
+    rig = CameraRig.from_angles(list(range(0, 360, 15)), 10, 0.6, 1.8)
+    small = [view.resize((16, 16), Image.Resampling.NEAREST) for view in views * 4]
+    mixed = [view.resize((16 * (1 + i % 3),) * 2, Image.Resampling.NEAREST) for i, view in enumerate(small)]
+    assert torch.allclose(dense(pipe, mixed, cameras=rig), dense(pipe, small, cameras=rig), atol=0.02)
+
+
 def test_views_on_a_plain_background_equal_their_rgba(pipe, views):
     """RGB views are keyed by their border colour."""
     flat = Image.new("RGB", (24, 24), (255, 255, 255))

@@ -99,7 +99,6 @@ def reconstruct(args: argparse.Namespace) -> int:
             num_sparse_steps=args.sparse_steps,
             guidance_scale=args.guidance_scale,
             generator=generator,
-            carve=None if args.views.is_dir() else False,  # the views of a tile are drawn, and their masks keyed
         )
         coarse = solid.meshes[0]
         if args.refine:

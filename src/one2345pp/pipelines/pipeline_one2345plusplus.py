@@ -323,7 +323,6 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
                 num_sparse_steps=num_sparse_steps,
                 generator=one,
                 callback_on_step_end=callback_on_step_end,
-                carve=False,  # drawn views never agree as true ones do
             )
             for (pictures, cameras), picture, one in zip(shown, images, generators, strict=True)
         ]

@@ -21,7 +21,6 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection, Dino
 from ..errors import InputError
 from ..geometry.cameras import CameraRig
 from ..geometry.extract import volume_to_mesh
-from ..geometry.silhouettes import carve as carve_volume
 from ..geometry.volume import SparseVolume
 from ..models.condition_encoder import ConditionEncoder, ViewBatch, patch_features, project_pixels
 from ..models.sparse import SparseGrid
@@ -31,10 +30,9 @@ from .hub import SelfContainedMixin
 from .multiview_inputs import check_tensor_inputs
 from .pipeline_multiview_tile import composite_on_grey
 from .pipeline_output import SparseVolumePipelineOutput
-from .volume_inputs import RGBA, carve_masks, check_normals, check_views, encoder_views
+from .volume_inputs import RGBA, check_normals, check_views, encoder_views
 
 
-CARVE_MARGIN = 0.25  # cells
 EXAMPLE_DOC_STRING = """
     Examples:
         ```py
@@ -328,7 +326,6 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the form of diffusers
         normals: list[Image.Image] | list[list[Image.Image]] | None = None,
-        carve: bool | None = None,
     ) -> SparseVolumePipelineOutput | tuple:
         r"""Reconstruct objects from views.
 
@@ -347,8 +344,6 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): What it is given.
             normals (`list[PIL.Image.Image]` or a list of those, *optional*): Camera-space normals of the views as `(n + 1) / 2`, for
                 condition encoders that take them (`view_channels=7`).
-            carve (`bool`, *optional*): Whether to take away what lies outside the views' silhouettes. By default where all views
-                come with transparency and their silhouettes agree, as those of true views do.
 
         Examples:
 
@@ -405,10 +400,6 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
 
         # 7. Volumes and meshes
         volumes = self.to_volumes(grid, sample, fine)
-        for index, (pictures, rig) in enumerate(zip(views, rigs, strict=True)):
-            masks = carve_masks(pictures, rig, carve)
-            if masks is not None:
-                volumes[index] = carve_volume(volumes[index], masks, rig, CARVE_MARGIN / grid.resolution)
         self.maybe_free_model_hooks()
         meshes = [volume_to_mesh(volume) for volume in volumes] if output_type == "mesh" else None
         if output_type == "pt":

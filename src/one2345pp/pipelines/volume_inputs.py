@@ -12,13 +12,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..geometry.cameras import CameraRig
-from ..geometry.silhouettes import AGREEMENT, agreement
 from ..models.condition_encoder import ViewBatch
 from .preprocess import isolate_object
 
 
 RGBA = 4  # channels of a view without normals
-CARVE_SIZE = 256  # pixels of a silhouette: one is then smaller than a cell of 128
 
 
 def check_views(views, cameras) -> tuple[list[list[Image.Image]], list[CameraRig]]:
@@ -55,24 +53,6 @@ def check_normals(normals, batch: list[list[Image.Image]], needed: bool) -> list
     if [len(n) for n in lists] != [len(v) for v in batch]:
         raise InputError(f"normals: got {[len(n) for n in lists]}, expected one a view: {[len(v) for v in batch]}.")
     return lists
-
-
-def carve_masks(views: list[Image.Image], rig: CameraRig, carve: bool | None) -> list[np.ndarray] | None:
-    """Silhouettes to carve with, each `[S, S]` in [0, 1]; `None` for not to carve.
-
-    Without a wish, `carve=None`, only silhouettes that were given, not keyed from a background, and that agree with each other do.
-    """
-    if carve is False:
-        return None
-    given = all(view.mode == "RGBA" and view.getchannel("A").getextrema() != (255, 255) for view in views)
-    if not given and carve is None:
-        return None
-    masks = []
-    for view in views:
-        alpha = (view if view.mode == "RGBA" else isolate_object(view)).getchannel("A")
-        side = min(max(alpha.size), CARVE_SIZE)
-        masks.append(np.asarray(alpha.resize((side, side), Image.Resampling.BOX), np.float32) / 255)
-    return masks if carve or agreement(masks, rig) >= AGREEMENT else None
 
 
 def encoder_views(

@@ -102,7 +102,7 @@ def link_truths(objects: list[dict], args: argparse.Namespace) -> None:
             link.symlink_to((args.objects / link.name).resolve())
 
 
-def rig_for(name: str, object_name: str = "") -> CameraRig:
+def rig_for(name: str, object_name: str) -> CameraRig:
     """A named rig, or `"random"`: six cameras of each object's own, 60 degrees apart give or take 20, at any height from -20 to 40
     degrees, all with one lens of 25 to 55 degrees that just holds the object."""
     if name != "random":
@@ -215,8 +215,7 @@ def draw_sheets(objects: list[dict], args: argparse.Namespace) -> None:
     folder.mkdir(exist_ok=True)
     for name in [name for names in tiers.values() for name in sorted(names)[::step]]:
         truth = normalize_to_sphere(load_mesh(args.output / "gt" / f"{name}.glb"))
-        rig = rig_for(args.rig, row["name"])
-        image, views = true_pictures(truth, rig, args.size)
+        image, views = true_pictures(truth, rig_for(args.rig, name), args.size)
         rows = [[label("image, true views"), image, *views], [label("truth"), *render(truth, orbit(4), 192)]]
         generated = args.output / "generated_views" / f"{name}.png"
         if generated.exists():

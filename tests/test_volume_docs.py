@@ -11,7 +11,7 @@ from test_readme import blocks
 from test_training_volume import CONFIG
 
 import one2345pp
-from one2345pp import CameraRig
+from one2345pp import CameraRig, One2345PlusPlusPipeline
 from one2345pp.cli import main
 from one2345pp.pipelines.preprocess import make_tile
 
@@ -50,13 +50,21 @@ def test_python_runs(place, tiny_chain_folder, monkeypatch):
 
 
 def test_commands_run(place, tiny_chain_folder):
-    """Every command, with the tiny checkpoint and few steps, writes its mesh; trainings with tiny configs write their networks."""
+    """Every command, with the tiny checkpoint and few steps, writes its mesh; trainings write their networks, with the objectives
+    of the shipped configs and tiny networks, and the checkpoint's first stage as the one that the text asks for."""
+    pipe = One2345PlusPlusPipeline.from_pretrained(tiny_chain_folder)
+    pipe.multiview.save_pretrained(place / "runs" / "multiview" / "pipeline")
     (place / "configs").mkdir()
     (place / "meshes").mkdir()
     trimesh.creation.box((0.6, 0.5, 0.4)).export(place / "meshes" / "box.ply")
     for stage, config in CONFIG.items():
-        steps = {"training": config["training"] | {"max_steps": 1}}
-        (place / "configs" / f"{stage}-small.json").write_text(json.dumps(config | steps))
+        shipped = json.loads((ROOT / "configs" / f"{stage}-small.json").read_text())
+        tiny = {
+            "unet": config["unet"] | {"global_channels": pipe.vision_encoder.config.projection_dim},
+            "training": config["training"] | {"max_steps": 1},
+            "objective": shipped["objective"],
+        }
+        (place / "configs" / f"{stage}-small.json").write_text(json.dumps(config | tiny))
     extra = {
         "reconstruct": ["--model", str(tiny_chain_folder), "--no-refine"],
         "prepare": ["--view-size", "16", "--resolution", "16", "--workers", "1"],

@@ -96,7 +96,7 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         truncation: float = 0.025,
         occupancy_level: float = 0.0,
         fine_level: float = 0.4,
-        max_voxels: int = 4_000_000,
+        max_voxels: int = 1_000_000,
         default_num_occupancy_steps: int = 50,
         default_num_sparse_steps: int = 20,
         default_guidance_scale: float = 1.0,
@@ -294,11 +294,11 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         self,
         grid: SparseGrid,
         sample: Tensor,  # [N, 4]
-        fine: bool = False,
     ) -> list[SparseVolume]:
-        """The denoised sample as one volume an object, on the CPU."""
+        """The denoised sample as one volume an object, on the CPU; twice as fine a grid has half the truncation."""
         sample, coords, index = sample.float().cpu().clamp(-1, 1), grid.coords.cpu(), grid.sample_index.cpu()
-        truncation = self.config.truncation / (2 if fine else 1)
+        coarse = 2 * self.occupancy_unet.config.sample_size
+        truncation = self.config.truncation * coarse / grid.resolution
         return [
             SparseVolume(
                 coords[index == b, 1:],
@@ -376,10 +376,19 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
 
         # 2. Encode the conditions, once a sample
         vector = self.encode_image(images, len(views))
-        occupancy_views = self.prepare_views(views, rigs, self.occupancy_condition, normals)
+        prepared: dict[
+            tuple[int, int], ViewBatch
+        ] = {}  # encoders that take the same views share them and their patches
+
+        def shown(condition: ConditionEncoder) -> ViewBatch:
+            key = (condition.config.image_size, condition.config.view_channels)
+            if key not in prepared:
+                prepared[key] = self.prepare_views(views, rigs, condition, normals)
+            return prepared[key]
 
         # 3. Denoise the occupancy
-        occupancy = self.denoise_occupancy(occupancy_views, vector, num_occupancy_steps, generator, on_step)
+        seen = shown(self.occupancy_condition)
+        occupancy = self.denoise_occupancy(seen, vector, num_occupancy_steps, generator, on_step)
         if output_type == "latent":
             self.maybe_free_model_hooks()
             return SparseVolumePipelineOutput(occupancy) if return_dict else (occupancy,)
@@ -388,18 +397,17 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         grid = self.subdivide(occupancy)
 
         # 5. Denoise signed distance and colour
-        sparse_views = self.prepare_views(views, rigs, self.sparse_condition, normals)
-        sample = self.denoise_sparse(grid, sparse_views, vector, num_sparse_steps, generator, on_step)
+        seen = shown(self.sparse_condition)
+        sample = self.denoise_sparse(grid, seen, vector, num_sparse_steps, generator, on_step)
 
         # 6. The same once more, twice as fine, where the surface is
-        fine = self.fine_unet is not None
-        if fine:
+        if self.fine_unet is not None:
             grid = self.children(grid.where(sample[:, 0].abs() < self.config.fine_level))
-            fine_views = self.prepare_views(views, rigs, self.fine_condition, normals)
-            sample = self.denoise_sparse(grid, fine_views, vector, num_sparse_steps, generator, on_step, fine=True)
+            seen = shown(self.fine_condition)
+            sample = self.denoise_sparse(grid, seen, vector, num_sparse_steps, generator, on_step, fine=True)
 
         # 7. Volumes and meshes
-        volumes = self.to_volumes(grid, sample, fine)
+        volumes = self.to_volumes(grid, sample)
         self.maybe_free_model_hooks()
         meshes = [volume_to_mesh(volume) for volume in volumes] if output_type == "mesh" else None
         if output_type == "pt":

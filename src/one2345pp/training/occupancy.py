@@ -79,26 +79,27 @@ class OccupancyPrediction:
     """What a frozen occupancy network sees in the views of a batch: one step from noise.
 
     Args:
-        folder: Holds `occupancy_condition` and `occupancy_unet`; `None` for no network, which is never called.
+        folder: Holds `occupancy_condition` and `occupancy_unet`.
         objective: Has the encoders that it shares: of the input pictures, and of patches.
     """
 
-    def __init__(self, folder: str | None, objective: VolumeObjective):
+    def __init__(self, folder: str, objective: VolumeObjective):
         self.objective = objective
-        if folder is not None:
-            self.condition = ConditionEncoder.from_pretrained(folder, subfolder="occupancy_condition")
-            self.unet = OccupancyUNet3DModel.from_pretrained(folder, subfolder="occupancy_unet")
-            for module in (self.condition, self.unet):
-                module.eval().requires_grad_(False)
+        self.condition = ConditionEncoder.from_pretrained(folder, subfolder="occupancy_condition")
+        self.unet = OccupancyUNet3DModel.from_pretrained(folder, subfolder="occupancy_unet")
+        for module in (self.condition, self.unet):
+            module.eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, batch: SampleBatch, generator: torch.Generator) -> Tensor:
-        """`[B, x, y, z]`, about -1 (empty) to 1 (shell)."""
-        side = self.unet.config.sample_size
+        """`[B, x, y, z]`, about -1 (empty) to 1 (shell), on the CPU; computed where the trained network is."""
+        device, side = self.objective.modules["unet"].device, self.unet.config.sample_size
         noise = torch.randn(len(batch.sdf), 1, side, side, side, generator=generator)
+        batch.views = batch.views.to(device)
         self.objective.add_patches(batch.views)
-        vector = self.objective.global_vector(batch.inputs)
-        return self.unet(noise, 999, self.condition(batch.views), vector).sample[:, 0]
+        vector = self.objective.global_vector(batch.inputs.to(device))
+        condition = self.condition.to(device)(batch.views)
+        return self.unet.to(device)(noise.to(device), 999, condition, vector).sample[:, 0].cpu()
 
 
 def _iou(a: Tensor, b: Tensor) -> float:

@@ -41,9 +41,12 @@ class SparseObjective(VolumeObjective):
 
     def __init__(self, config: dict, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        if self.settings["predicted_support"] and self.settings["occupancy"] is None:
-            raise InputError("config: predicted_support needs occupancy, the folder of a trained occupancy network.")
-        self.occupancy = OccupancyPrediction(self.settings["occupancy"], self)
+        if self.settings["predicted_support"]:
+            if self.settings["occupancy"] is None:
+                raise InputError(
+                    "config: predicted_support needs occupancy, the folder of a trained occupancy network."
+                )
+            self.occupancy = OccupancyPrediction(self.settings["occupancy"], self)
 
     def collate(self, items: list[dict], generator: torch.Generator) -> dict:
         batch = SampleBatch(items, self.augmentation, generator)

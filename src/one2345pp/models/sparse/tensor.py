@@ -74,11 +74,12 @@ class SparseGrid:
         return SparseGrid(self.coords[kept], self.resolution, self.batch_size)
 
     def subdivided(self) -> SparseGrid:
-        """The eight children of every voxel, at twice the resolution; rows keep the order of their parents."""
-        cells = torch.cartesian_prod(*[torch.arange(2, device=self.device)] * 3)
+        """The eight children of every voxel, at twice the resolution, rows sorted by coordinate."""
+        cells, side = torch.cartesian_prod(*[torch.arange(2, device=self.device)] * 3), 2 * self.resolution
         fine = self.coords.repeat_interleave(8, 0)
         fine[:, 1:] = 2 * fine[:, 1:] + cells.repeat(len(self), 1)
-        return SparseGrid(fine, 2 * self.resolution, self.batch_size)
+        sample, x, y, z = fine.unbind(1)
+        return SparseGrid(fine[(((sample * side + x) * side + y) * side + z).argsort()], side, self.batch_size)
 
     def levels(self, count: int) -> list[SparseGrid]:
         """This grid and the `count - 1` coarser ones below it."""

@@ -5,12 +5,16 @@
 `RINGS` is what `one2345pp prepare --rings zero123plus-v1.2` made of held-out objects; of each the first frame and its first input
 picture are used. Rows of the table: `autoencoder` (the true tile through the autoencoder and back, the ceiling), `copy` (the input
 picture six times, the floor), `generated`. `hull_agreement` is the mask IoU of the six masks and those of their own visual hull.
+With `--seeds N` each object is drawn N times, and a second table says how far the drawings of one object are from each other, view by
+view: the input shows what the views at azimuths 30 and 330 see, and says little of those at 150 and 210.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import time
 from pathlib import Path
 
@@ -43,17 +47,10 @@ def main() -> None:
     items = [example(prepared[i], frames) for i in indices]
 
     start = time.perf_counter()
-    drawn: list[list[Image.Image]] = []
-    for first in range(0, len(items), args.batch):
-        part = items[first : first + args.batch]
-        drawn += pipe(
-            [item["input"] for item in part],
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
-            generator=torch.Generator().manual_seed(args.seed),
-            transparent=True,
-        ).views
-    seconds = (time.perf_counter() - start) / len(items)
+    seeds = range(args.seed, args.seed + args.seeds)
+    drawings = [draw(pipe, items, seed, args) for seed in seeds]
+    seconds = (time.perf_counter() - start) / len(items) / len(seeds)
+    drawn = drawings[0]
 
     rows: dict[str, list[dict[str, float]]] = {"autoencoder": [], "copy": [], "generated": []}
     for item, views in zip(items, drawn, strict=True):
@@ -69,6 +66,8 @@ def main() -> None:
             for tier in sorted({item["tier"] for item in items})
         },
     }
+    if len(seeds) > 1:
+        report["seeds"] = between_seeds(drawings, rig)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "views.json").write_text(json.dumps(report, indent=1) + "\n")
     write_table(report, args.output / "views.md")
@@ -77,6 +76,9 @@ def main() -> None:
     for item, views in list(zip(items, drawn, strict=True))[::step]:
         sheet.append([item["input"], *views, *item["truth"]])
     contact_sheet(sheet, 96, background=(127, 127, 127)).save(args.output / "views.png")
+    if len(seeds) > 1:
+        rows = [[items[i]["input"], *drawn[i]] for i in range(0, len(items), step) for drawn in drawings]
+        contact_sheet(rows, 96, background=(127, 127, 127)).save(args.output / "seeds.png")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -90,6 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="objects drawn at once")
     parser.add_argument("--sheet", type=int, default=24, help="objects on the contact sheet, about: every n-th")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="drawings of each object, from --seed on")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
@@ -104,6 +107,38 @@ def load(model: str) -> MultiViewTilePipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def draw(
+    pipe: MultiViewTilePipeline, items: list[dict], seed: int, args: argparse.Namespace
+) -> list[list[Image.Image]]:
+    """Six views (`RGBA`) of every item."""
+    drawn = []
+    for first in range(0, len(items), args.batch):
+        drawn += pipe(
+            [item["input"] for item in items[first : first + args.batch]],
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            generator=torch.Generator().manual_seed(seed),
+            transparent=True,
+        ).views
+    return drawn
+
+
+def between_seeds(drawings: list[list[list[Image.Image]]], rig: CameraRig) -> dict[str, dict[str, float]]:
+    """PSNR on grey and mask IoU between two drawings of one object, mean over pairs and objects, for each view."""
+    figures = {}
+    for view in range(len(rig)):
+        pairs = []
+        for one, other in itertools.combinations(drawings, 2):
+            for a, b in zip(one, other, strict=True):
+                colors = [np.asarray(composite_on_grey(six[view]), np.float64) / 255 for six in (a, b)]
+                masks = [np.asarray(six[view])[..., 3] >= 128 for six in (a, b)]
+                error = max(((colors[0] - colors[1]) ** 2).mean(), 1e-6)
+                pairs.append({"psnr_grey": -10 * math.log10(error), "mask_iou": mask_iou(*masks)})
+        azimuth = math.degrees(math.atan2(*rig.positions[view, [0, 2]].tolist())) % 360
+        figures[f"{azimuth:.0f}"] = mean(pairs)
+    return figures
 
 
 def example(item: dict, frames: Frames) -> dict:
@@ -168,6 +203,10 @@ def write_table(report: dict, path: Path) -> None:
     lines = ["| views | " + " | ".join(columns) + " |", "|" + " --- |" * (len(columns) + 1)]
     lines += [f"| {name} | " + " | ".join(f"{means[c]:.3f}" for c in columns) + " |" for name, means in rows.items()]
     text = "\n".join(lines) + f"\n\n{report['settings']}, {report['seconds']:.2f} s an object\n"
+    if "seeds" in report:
+        text += "\n| azimuth | PSNR between seeds | mask IoU between seeds |\n| --- | --- | --- |\n"
+        for azimuth, means in report["seeds"].items():
+            text += f"| {azimuth} | {means['psnr_grey']:.1f} | {means['mask_iou']:.3f} |\n"
     path.write_text(text)
     print(text)
 

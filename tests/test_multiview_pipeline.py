@@ -113,7 +113,7 @@ def test_call_signature():
     expected = """self image prompt negative_prompt num_inference_steps guidance_scale num_images_per_prompt height width
         generator latents control_image output_type return_dict callback_on_step_end callback_on_step_end_tensor_inputs
         cross_attention_kwargs controlnet_conditioning_scale control_guidance_start control_guidance_end guidance_interval
-        transparent"""
+        transparent reference_interval"""
     assert names == expected.split()
 
 
@@ -287,6 +287,26 @@ def test_guidance_interval(pipe, images):
     assert torch.equal(whole, latent(pipe, images[0], num_inference_steps=4, guidance_interval=(0.0, 1.0)))
     none = latent(pipe, images[0], num_inference_steps=4, guidance_interval=(0.5, 0.5))
     assert torch.equal(none, latent(pipe, images[0], num_inference_steps=4, guidance_scale=1.0))
+
+
+def test_reference_interval(pipe, images):
+    """Oracle: the sizes that the UNet sees: the reference in every second step only, and anew where guidance ends; 1 is exact."""
+    sizes = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-1]))
+
+    def passes(**kwargs) -> str:
+        sizes.clear()
+        tile = latent(pipe, images[0], num_inference_steps=4, **kwargs)
+        return "".join("write " if size == SIZE // 2 else "read " for size in sizes).strip(), tile
+
+    exact, tile = passes()
+    assert exact == "write read write read write read write read"
+    reused, other = passes(reference_interval=2)
+    assert reused == "write read read write read read"
+    assert passes(reference_interval=4, guidance_interval=(0.0, 0.25))[0] == "write read write read read read"
+    hook.remove()
+    assert not torch.allclose(tile, other, atol=1e-4)
+    assert torch.equal(tile, latent(pipe, images[0], num_inference_steps=4, reference_interval=1))
 
 
 def test_text_and_pictures_are_encoded_once(pipe, images):

@@ -209,6 +209,33 @@ def test_support_noise_changes_the_support_and_none_gives_the_children(dataset):
     assert len(objective.batch(sample, 0.5, torch.Generator().manual_seed(0))["grid"]) != len(clean)
 
 
+def test_first_step_is_where_sampling_starts(dataset):
+    """Oracle: t is 999 always, never but by chance, or in about the asked share of draws; losses of both networks see it."""
+    for stage, module in (("occupancy", occupancy.OccupancyObjective), ("sparse", sparse.SparseObjective)):
+        for share in (0.0, 0.5, 1.0):
+            objective = module(CONFIG[stage] | {"objective": {"first_step": share}}, 3.2)
+            drawn = objective.timesteps(2000, torch.Generator().manual_seed(0), "cpu")
+            assert abs((drawn == 999).float().mean() - share) < 0.05
+            assert drawn.min() >= 0 and drawn.max() <= 999
+        seen = []
+        objective.modules["unet"].register_forward_pre_hook(lambda module, args: seen.extend(args[1].tolist()))  # noqa: B023
+        batch = objective.collate([dataset[0], dataset[1]], torch.Generator().manual_seed(0))
+        objective.loss(batch, torch.Generator().manual_seed(0))
+        assert set(seen) == {999}
+
+
+def test_distance_losses(dataset, monkeypatch):
+    """Oracle: a prediction off by a half everywhere costs 1/2 in distance with l1 and 1/4 with l2; colours stay squared."""
+    costs = {}
+    for name in ("l1", "l2"):
+        objective = sparse.SparseObjective(CONFIG["sparse"] | {"objective": {"distance_loss": name}}, 3.2)
+        monkeypatch.setattr(objective, "predict", lambda noisy, steps, batch, *_: batch["target"] - 0.5)
+        batch = objective.collate([dataset[0], dataset[1]], torch.Generator().manual_seed(0))
+        costs[name] = objective.loss(batch, torch.Generator().manual_seed(0))[1]
+    assert costs["l1"] == pytest.approx({"sdf": 0.5, "color": 0.25}, abs=1e-5)
+    assert costs["l2"] == pytest.approx({"sdf": 0.25, "color": 0.25}, abs=1e-5)
+
+
 def test_unknown_training_keys_and_missing_data_are_refused(dataset, tmp_path):
     with pytest.raises(InputError, match="max_step"):
         train(None, dataset, {"max_step": 1}, tmp_path)

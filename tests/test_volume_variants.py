@@ -236,3 +236,15 @@ def test_a_third_network_subdivides_what_is_near_the_surface(views, tmp_path):
 def test_too_many_voxels_are_refused_with_the_setting_to_change(views):
     with pytest.raises(InputError, match=r"active voxels at 16\^3, more than max_voxels, 100. Raise max_voxels"):
         quiet_pipe(volume_components(), max_voxels=100)(views, generator=torch.Generator().manual_seed(0))
+
+
+def test_surface_level_moves_the_surface(views):
+    """Oracle: the same distances, less the level, within the truncation; colours stay."""
+    calls = {"output_type": "volume", "generator": torch.Generator().manual_seed(0)}
+    plain = quiet_pipe(volume_components())(views, **calls).volumes[0]
+    calls["generator"].manual_seed(0)
+    thick = quiet_pipe(volume_components(), surface_level=0.1)(views, **calls).volumes[0]
+    expected = (plain.sdf - 0.1 * plain.truncation).clamp(-plain.truncation, plain.truncation)
+    torch.testing.assert_close(thick.sdf, expected)
+    assert thick.sdf.sum() < plain.sdf.sum()
+    assert torch.equal(thick.colors, plain.colors)

@@ -214,10 +214,12 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
         timestep = self.scheduler.timesteps[step]
         branches = len(context) // len(latents)
         sample = self.scheduler.scale_model_input(torch.cat([latents] * branches), timestep)
-        if not self.config.clean_reference:
+        known = passes.samples == len(context)  # not at the first step, nor where guidance begins or ends
+        if self.config.clean_reference:
+            if not known:
+                passes.write(reference, torch.zeros_like(timestep), context, **kwargs)
+        elif not known or step % self._reference_interval == 0:
             passes.write(self.noise_reference(reference, timestep, generator, branches), timestep, context, **kwargs)
-        elif passes.samples != len(context):  # at the first step, and where guidance begins or ends
-            passes.write(reference, torch.zeros_like(timestep), context, **kwargs)
         residuals = control.residuals(sample, timestep, context, step, self.num_timesteps)
         prediction = passes.read(sample, timestep, context, **kwargs, **residuals)
         if branches == 1:
@@ -265,6 +267,7 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
         control_guidance_end: float | list[float] = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         transparent: bool = False,
+        reference_interval: int = 1,
     ) -> MultiViewTilePipelineOutput | tuple:
         r"""Draw the six views of the object in each image.
 
@@ -290,6 +293,8 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
             guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Share of the steps in which guidance acts; the
                 others run no second branch.
             transparent (`bool`, defaults to `False`): Cut the views out of their grey (`RGBA`); the tiles stay as drawn.
+            reference_interval (`int`, defaults to 1): Steps for which the noised reference is read once, and its tokens kept; 1 is
+                exact, 2 and more are faster. Without effect with `clean_reference`, which is read once a call anyway.
 
         Returns:
             [`MultiViewTilePipelineOutput`]: tiles in `images`, their views in `views`.
@@ -308,7 +313,9 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
         names = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
         multiview_inputs.check_images(images)
         multiview_inputs.check_counts(
-            num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt
+            num_inference_steps=num_inference_steps,
+            num_images_per_prompt=num_images_per_prompt,
+            reference_interval=reference_interval,
         )
         multiview_inputs.check_texts(number, prompt=prompts, negative_prompt=negative_prompts)
         multiview_inputs.check_size(height, width, config.view_size, self.vae_scale_factor)
@@ -327,6 +334,7 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
             control_guidance_end,
         )
         self._guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
+        self._reference_interval = reference_interval
         self._interrupt = False
 
         # 2. Timesteps

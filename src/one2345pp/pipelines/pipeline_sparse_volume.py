@@ -68,6 +68,8 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         truncation (`float`): Largest signed distance of the volume, in world units; half of it after `fine_unet`.
         occupancy_level (`float`): Cells above it are subdivided; below 0 surfaces get fewer holes, for more voxels.
         fine_level (`float`): Voxels nearer to the surface are subdivided for `fine_unet`, in truncation distances.
+        surface_level (`float`): Predicted distance, in truncation distances, that is taken for the surface; above 0 what is drawn
+            gets thicker, which weights that draw too thin need.
         max_voxels (`int`): A call with more active voxels is refused before they are denoised.
         default_num_occupancy_steps, default_num_sparse_steps (`int`), default_guidance_scale (`float`): What a call uses that
             does not say.
@@ -96,6 +98,7 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         truncation: float = 0.025,
         occupancy_level: float = 0.0,
         fine_level: float = 0.4,
+        surface_level: float = 0.0,
         max_voxels: int = 1_000_000,
         default_num_occupancy_steps: int = 50,
         default_num_sparse_steps: int = 20,
@@ -119,6 +122,7 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
             truncation=truncation,
             occupancy_level=occupancy_level,
             fine_level=fine_level,
+            surface_level=surface_level,
             max_voxels=max_voxels,
             default_num_occupancy_steps=default_num_occupancy_steps,
             default_num_sparse_steps=default_num_sparse_steps,
@@ -297,12 +301,13 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
     ) -> list[SparseVolume]:
         """The denoised sample as one volume an object, on the CPU; twice as fine a grid has half the truncation."""
         sample, coords, index = sample.float().cpu().clamp(-1, 1), grid.coords.cpu(), grid.sample_index.cpu()
+        distance = (sample[:, 0] - self.config.surface_level).clamp(-1, 1)
         coarse = 2 * self.occupancy_unet.config.sample_size
         truncation = self.config.truncation * coarse / grid.resolution
         return [
             SparseVolume(
                 coords[index == b, 1:],
-                sample[index == b, 0] * truncation,
+                distance[index == b] * truncation,
                 (sample[index == b, 1:] + 1) / 2,
                 grid.resolution,
                 truncation,

@@ -41,7 +41,7 @@ class OccupancyObjective(VolumeObjective):
         unet, target = self.modules["unet"], batch["target"]
         size, device = len(target), target.device
         noise = torch.randn(target.shape, generator=generator).to(device)
-        timesteps = torch.randint(1000, (size,), generator=generator).to(device)
+        timesteps = self.timesteps(size, generator, device)
         noisy = self.scheduler.add_noise(target, noise, timesteps)
         keep = self.kept(size, generator, device)
         pyramid = [level * keep.view(-1, 1, 1, 1, 1) for level in self.condition(batch["views"])]

@@ -19,6 +19,9 @@ from .views import SampleBatch
 from .volume import VolumeObjective
 
 
+DISTANCE_LOSSES = {"l2": torch.square, "l1": torch.abs}
+
+
 def subdivide(
     occupied: Tensor,  # [B, x, y, z] bool
 ) -> SparseGrid:
@@ -33,6 +36,7 @@ class SparseObjective(VolumeObjective):
     defaults = {
         "support_noise": 0.3,  # each cell's threshold is off by up to this share (LAS-Diffusion)
         "color_weight": 1.0,
+        "distance_loss": "l2",  # or "l1": the median of what the views allow, whose zero level is as often too far in as out
         "predicted_support": 0.0,  # probability that the support is what an occupancy network sees in the same views
         "occupancy": None,  # folder of that network, `occupancy_condition` and `occupancy_unet`
         "support_levels": (-0.8, -0.2),  # cells above a level drawn from here are the support
@@ -41,6 +45,10 @@ class SparseObjective(VolumeObjective):
 
     def __init__(self, config: dict, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        if self.settings["distance_loss"] not in DISTANCE_LOSSES:
+            raise InputError(
+                f"config: distance_loss is {self.settings['distance_loss']!r}, expected {' or '.join(DISTANCE_LOSSES)}."
+            )
         if self.settings["predicted_support"]:
             if self.settings["occupancy"] is None:
                 raise InputError(
@@ -85,14 +93,14 @@ class SparseObjective(VolumeObjective):
         grid, target, known = batch["grid"], batch["target"], batch["known"][:, None]
         device = target.device
         noise = torch.randn(target.shape, generator=generator).to(device)
-        timesteps = torch.randint(1000, (grid.batch_size,), generator=generator).to(device)
+        timesteps = self.timesteps(grid.batch_size, generator, device)
         noisy = self.scheduler.add_noise(target, noise, timesteps[grid.sample_index])
         keep = self.kept(grid.batch_size, generator, device)
         vector = self.global_vector.dropped(batch["inputs"], keep, self.settings["vector_dropout"], generator)
         prediction = self.predict(noisy, timesteps, batch, keep, vector)
-        error = (prediction - target).square()
-        sdf = grid.mean(error[:, :1]).mean()
-        color = (grid.mean(error[:, 1:] * known).mean(1) / grid.mean(known)[:, 0].clamp(min=1e-3)).mean()
+        error = prediction - target
+        sdf = grid.mean(DISTANCE_LOSSES[self.settings["distance_loss"]](error[:, :1])).mean()
+        color = (grid.mean(error[:, 1:].square() * known).mean(1) / grid.mean(known)[:, 0].clamp(min=1e-3)).mean()
         return sdf + self.settings["color_weight"] * color, {"sdf": sdf.item(), "color": color.item()}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, batch: dict, keep: Tensor, vector: Tensor | None) -> Tensor:

@@ -23,6 +23,7 @@ from .loop import train
 DEFAULTS = {
     "occupancy_threshold": 1.25,  # cells of the fine grid: a coarse cell is occupied when it holds a nearer centre
     "condition_dropout": 0.1,
+    "first_step": 0.0,  # probability of pure noise, where sampling starts; else t is uniform. One-step models need little else
     "vector_dropout": 0.2,  # of the global vector alone: views may come without their input picture
     "multiview": None,  # folder of a first stage: its image encoder gives the global vector, and it draws the drawn views
     "drawn_samples": 0,  # samples whose views the first stage draws, see `drawn_views`
@@ -83,6 +84,13 @@ class VolumeObjective:
         """The condition pyramid of views."""
         self.add_patches(views)
         return self.modules["condition"](views, *grid)
+
+    def timesteps(self, count: int, generator: torch.Generator, device) -> Tensor:
+        """Uniform in [0, 1000), or the last one with the probability `first_step`, `[count]`."""
+        drawn = torch.randint(1000, (count,), generator=generator)
+        if self.settings["first_step"]:
+            drawn[torch.rand(count, generator=generator) < self.settings["first_step"]] = 999
+        return drawn.to(device)
 
     def kept(self, count: int, generator: torch.Generator, device) -> Tensor:
         """0 for samples whose condition is dropped, 1 for the others, `[count]`."""

@@ -1,0 +1,117 @@
+"""Benchmark: time of stage 1 in its modes, beside a plain loop over the same weights that runs both passes whole.
+
+    python benchmarks/multiview.py [--config configs/multiview-full.json | --model CHECKPOINT] [--steps 8] [--output REPORT.json]
+
+With `--config` the weights are random, with `--model` (default: the checkpoint in the package) trained. The reference is noised as
+in Zero123++ whatever the checkpoint says, since a clean one is read once and there is nothing to compare. Modes: `exact`, the pipeline
+as it is; `reuse N`, `reference_interval=N`; `half guided`, guidance in the first half of the steps only; and both. PSNR is between a
+mode's tile and the plain loop's, from the same noise. Text, image and reference latent are encoded once in all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from one2345pp import MultiViewTilePipeline, One2345PlusPlusPipeline, default_checkpoint
+from one2345pp.models import attention_reference
+from one2345pp.training.components import build_components
+
+
+MODES = {
+    "exact": {},
+    "reuse 2": {"reference_interval": 2},
+    "reuse 4": {"reference_interval": 4},
+    "half guided": {"guidance_interval": (0.0, 0.5)},
+    "half guided, reuse 4": {"guidance_interval": (0.0, 0.5), "reference_interval": 4},
+}
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    pipe, image = load_pipeline(args), picture()
+    draw(pipe, image, args, steps=1)  # warm up
+    plain, seconds = draw_plainly(pipe, image, args)
+    rows = [{"mode": "plain", "seconds": seconds, "share": 1.0, "psnr": None}]
+    print(json.dumps(rows[-1]), flush=True)
+    for mode in args.modes:
+        tile, own = draw(pipe, image, args, **MODES[mode])
+        error = (tile - plain).square().mean().item()
+        psnr = None if error == 0 else round(-10 * np.log10(error), 2)  # None: the same tile
+        rows.append({"mode": mode, "seconds": own, "share": own / seconds, "psnr": psnr})
+        print(json.dumps(rows[-1]), flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    report = {
+        "torch": torch.__version__,
+        "threads": args.threads,
+        "steps": args.steps,
+        "peak_mib": round(peak),
+        "rows": rows,
+    }
+    if args.output is not None:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="config of train multiview, for random weights")
+    parser.add_argument("--model", help="checkpoint folder or Hub id; default: the checkpoint in the package")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    return parser.parse_args()
+
+
+def load_pipeline(args: argparse.Namespace) -> MultiViewTilePipeline:
+    if args.config is None:
+        pipe = One2345PlusPlusPipeline.from_pretrained(args.model or default_checkpoint()).multiview
+    else:
+        config = {"seed": 0, **json.loads(args.config.read_text())}
+        pipe = MultiViewTilePipeline(**build_components(config), view_size=config["view_size"])
+    pipe.register_to_config(clean_reference=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture() -> Image.Image:
+    """A red ball with a light, on nothing."""
+    image = Image.new("RGBA", (320, 320))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((40, 40, 280, 280), fill=(190, 40, 30, 255))
+    draw.ellipse((100, 80, 150, 120), fill=(255, 190, 180, 255))
+    return image
+
+
+def draw(
+    pipe: MultiViewTilePipeline, image: Image.Image, args: argparse.Namespace, steps: int | None = None, **options
+):
+    """Latents of the tile, and how long the call took."""
+    generator = torch.Generator().manual_seed(0)
+    settings = {"num_inference_steps": steps or args.steps, "guidance_scale": 4.0, "output_type": "pt", **options}
+    start = time.perf_counter()
+    tile = pipe(image, generator=generator, **settings).images
+    return tile, time.perf_counter() - start
+
+
+def draw_plainly(pipe: MultiViewTilePipeline, image: Image.Image, args: argparse.Namespace):
+    """The same call, but the UNet runs to its end on the reference, too."""
+    keep = attention_reference.ReferenceAttention.keep
+    attention_reference.ReferenceAttention.keep = lambda passes, name, tokens: passes.tokens.update({name: tokens})
+    try:
+        return draw(pipe, image, args)
+    finally:
+        attention_reference.ReferenceAttention.keep = keep
+
+
+if __name__ == "__main__":
+    main()

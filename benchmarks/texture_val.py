@@ -1,10 +1,14 @@
 """Benchmark: what the texture refinement gains on views that it was not fitted to, on held-out objects.
 
-    python benchmarks/texture_val.py --objects OBJECTS --index index.csv --output OUT [--model CHECKPOINT] [--every 4] [--drawn]
+    python benchmarks/texture_val.py --objects OBJECTS --index index.csv --output OUT [--every 4] [--drawn | --exact]
 
 Each object is reconstructed from six true views, or with `--drawn` from those that the first stage draws of one image; the mesh is
 compared with the truth before refinement, with the volume's colours, and after it, on a ring of 12 views at elevation 15, unlit on
-white. `psnr` is over all pixels and so mostly says where the silhouettes differ, `psnr_inside` over those that both show.
+white. With `--exact` the mesh comes out of the true volume instead, as large as the checkpoint's: what is left is the texture's own.
+`psnr` is over all pixels and so mostly says where the silhouettes differ, `psnr_inside` over those that both show.
+
+Refinement keeps the light of its views, and what is compared has none; so the true views that it is fitted to are unlit as well (the
+volume stage sees lit ones, as it was trained). Drawn views have the light that the first stage drew, and lose by that.
 """
 
 from __future__ import annotations
@@ -23,8 +27,10 @@ from reconstruct_val import true_pictures
 from one2345pp import CameraRig, One2345PlusPlusPipeline, default_checkpoint
 from one2345pp.errors import InputError
 from one2345pp.evaluation.metrics import MAX_PSNR, image_metrics
+from one2345pp.geometry.extract import volume_to_mesh
 from one2345pp.geometry.mesh import load_mesh, normalize_to_sphere
 from one2345pp.geometry.render import contact_sheet, orbit, render
+from one2345pp.geometry.voxelize import SurfaceCloud
 
 
 RIG = CameraRig.named("zero123plus-v1.2")
@@ -68,7 +74,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--split", default="val")
     parser.add_argument("--model", default=str(default_checkpoint()))
     parser.add_argument("--every", type=int, default=1, help="every k-th object in alphabetical order")
-    parser.add_argument("--drawn", action="store_true", help="views that the first stage draws")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--drawn", action="store_true", help="views that the first stage draws")
+    source.add_argument("--exact", action="store_true", help="the mesh of the true volume, and true views")
     parser.add_argument("--size", type=int, default=320, help="pixels of true views, and of those compared")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -78,12 +86,17 @@ def parse_arguments() -> argparse.Namespace:
 def refine(pipe: One2345PlusPlusPipeline, truth: trimesh.Trimesh, args) -> tuple[trimesh.Trimesh, trimesh.Trimesh]:
     """The object's mesh before and after refinement."""
     image, views = true_pictures(truth, RIG, args.size)
+    unlit = [Image.fromarray(view) for view in render(truth, RIG, args.size, shading="none")]
     generator = torch.Generator().manual_seed(args.seed)
     if args.drawn:
         out = pipe(image, generator=generator)
         return out.coarse_meshes[0], out.meshes[0]
-    coarse = pipe.volume(views, cameras=RIG, image=image, generator=generator).meshes[0]
-    return coarse, pipe.texture(coarse, views, cameras=RIG, generator=generator).meshes[0]
+    if args.exact:
+        resolution = 2 * pipe.volume.occupancy_unet.config.sample_size
+        coarse = volume_to_mesh(SurfaceCloud.from_mesh(truth).volume(resolution, pipe.volume.config.truncation))
+    else:
+        coarse = pipe.volume(views, cameras=RIG, image=image, generator=generator).meshes[0]
+    return coarse, pipe.texture(coarse, unlit, cameras=RIG, generator=generator).meshes[0]
 
 
 def compare(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -104,8 +117,8 @@ def write_table(rows: dict[str, dict], args) -> None:
     for stage in ("before", "after"):
         means = (np.mean([row[stage][column] for row in rows.values()]) for column in columns)
         lines.append(f"| {stage} refinement | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
-    kind = "drawn" if args.drawn else "true"
-    text = "\n".join(lines) + f"\n\n{len(rows)} objects, {kind} views\n"
+    kind = "drawn views" if args.drawn else "true views" + args.exact * " and volumes"
+    text = "\n".join(lines) + f"\n\n{len(rows)} objects, {kind}\n"
     (args.output / "texture.md").write_text(text)
     print(text)
 

@@ -97,6 +97,18 @@ def test_a_known_pattern_is_recovered_from_six_views(pipe):
     assert psnr(colors[middle], np.full((middle.sum(), 3), GREY)) < 13  # so the bound above means something
 
 
+@pytest.mark.parametrize("color", [(4, 8, 50), (250, 5, 5)])
+def test_dark_and_pure_colors_are_kept(color):
+    """Oracle: the paint, in most texels. A field that starts at mid grey overshoots into the flat part of its sigmoid: 4 to 20 of 255."""
+    pipe = TextureRefinementPipeline()
+    pipe.set_progress_bar_config(disable=True)
+    rig, ball = CameraRig.named("zero123plus-v1.2"), grey_ball()
+    views = photograph(ball, rig, paint=lambda points: np.full(points.shape, color) / 255)
+    out = pipe(ball, views, rig, texture_size=128, generator=torch.Generator().manual_seed(0)).meshes[0]
+    texture = np.asarray(out.visual.material.baseColorTexture).reshape(-1, 3)
+    assert np.abs(np.median(texture, 0) - color).max() <= 2
+
+
 def test_unseen_surface_keeps_its_color_without_an_edge(pipe, front_rig):
     """The back keeps the mesh's own grey exactly, the front takes the pattern, and neighbours in between never jump."""
     ball = grey_ball()

@@ -35,6 +35,10 @@ class SurfaceSamples:
     def __len__(self) -> int:
         return len(self.points)
 
+    def mean_color(self) -> Tensor:
+        """Mean of the colours by their weights, `[3]`."""
+        return (self.weights[:, None] * self.colors).sum(0) / self.weights.sum().clamp(min=1e-6)
+
     def draw(self, count: int, generator: torch.Generator | None) -> SurfaceSamples:
         """`count` of the samples at random, with replacement."""
         index = torch.randint(len(self), (count,), generator=generator).to(self.points.device)

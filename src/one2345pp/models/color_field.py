@@ -64,6 +64,15 @@ class ColorField(ModelMixin, ConfigMixin):
                     layer.bias.zero_()
         return self
 
+    def start_at(
+        self,
+        color: Tensor,  # [3] in [0, 1]
+    ) -> ColorField:
+        """Make a colour that of every point, nearly: on the way from grey to dark ones the sigmoid can saturate for good."""
+        with torch.no_grad():
+            self.mlp[-1].bias.copy_(torch.logit(color, eps=0.02))
+        return self
+
     def forward(
         self,
         points: Tensor,  # [P, 3]

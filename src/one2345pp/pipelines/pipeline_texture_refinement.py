@@ -262,7 +262,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         # tensors made under a caller's inference_mode could not be trained
         with torch.inference_mode(False), torch.enable_grad():
             field = ColorField(config.resolution, config.components, config.feature_channels, config.hidden)
-            field.initialize(generator).to(device)
+            field.initialize(generator).start_at(seen.mean_color()).to(device)
             seen, prior = seen.to(device), prior.to(device)
             optimizer = torch.optim.Adam(
                 [

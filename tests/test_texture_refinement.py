@@ -99,7 +99,7 @@ def test_a_known_pattern_is_recovered_from_six_views(pipe):
 
 @pytest.mark.parametrize("color", [(4, 8, 50), (250, 5, 5)])
 def test_dark_and_pure_colors_are_kept(color):
-    """Oracle: the paint, in most texels. A field that starts at mid grey overshoots into the flat part of its sigmoid: 4 to 20 of 255."""
+    """Oracle: the paint, in most texels. From mid grey the field overshoots into the flat part of its sigmoid: 4 to 20 of 255 off."""
     pipe = TextureRefinementPipeline()
     pipe.set_progress_bar_config(disable=True)
     rig, ball = CameraRig.named("zero123plus-v1.2"), grey_ball()

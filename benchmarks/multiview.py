@@ -13,16 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from texture import peak_memory
 
 from one2345pp import MultiViewTilePipeline, One2345PlusPlusPipeline, default_checkpoint
-from one2345pp.models import attention_reference
+from one2345pp.models.attention_reference import ReferenceAttention
 from one2345pp.training.components import build_components
 
 
@@ -49,12 +50,11 @@ def main() -> None:
         psnr = None if error == 0 else round(-10 * np.log10(error), 2)  # None: the same tile
         rows.append({"mode": mode, "seconds": own, "share": own / seconds, "psnr": psnr})
         print(json.dumps(rows[-1]), flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     report = {
         "torch": torch.__version__,
         "threads": args.threads,
         "steps": args.steps,
-        "peak_mib": round(peak),
+        "peak_mib": peak_memory(resource.RUSAGE_SELF),
         "rows": rows,
     }
     if args.output is not None:
@@ -95,7 +95,7 @@ def picture() -> Image.Image:
 def draw(
     pipe: MultiViewTilePipeline, image: Image.Image, args: argparse.Namespace, steps: int | None = None, **options
 ):
-    """Latents of the tile, and how long the call took."""
+    """Pixels of the tile, and how long the call took."""
     generator = torch.Generator().manual_seed(0)
     settings = {"num_inference_steps": steps or args.steps, "guidance_scale": 4.0, "output_type": "pt", **options}
     start = time.perf_counter()
@@ -105,12 +105,8 @@ def draw(
 
 def draw_plainly(pipe: MultiViewTilePipeline, image: Image.Image, args: argparse.Namespace):
     """The same call, but the UNet runs to its end on the reference, too."""
-    keep = attention_reference.ReferenceAttention.keep
-    attention_reference.ReferenceAttention.keep = lambda passes, name, tokens: passes.tokens.update({name: tokens})
-    try:
+    with patch.object(ReferenceAttention, "keep", lambda passes, name, tokens: passes.tokens.update({name: tokens})):
         return draw(pipe, image, args)
-    finally:
-        attention_reference.ReferenceAttention.keep = keep
 
 
 if __name__ == "__main__":

@@ -86,7 +86,6 @@ def parse_arguments() -> argparse.Namespace:
 def refine(pipe: One2345PlusPlusPipeline, truth: trimesh.Trimesh, args) -> tuple[trimesh.Trimesh, trimesh.Trimesh]:
     """The object's mesh before and after refinement."""
     image, views = true_pictures(truth, RIG, args.size)
-    unlit = [Image.fromarray(view) for view in render(truth, RIG, args.size, shading="none")]
     generator = torch.Generator().manual_seed(args.seed)
     if args.drawn:
         out = pipe(image, generator=generator)
@@ -96,6 +95,7 @@ def refine(pipe: One2345PlusPlusPipeline, truth: trimesh.Trimesh, args) -> tuple
         coarse = volume_to_mesh(SurfaceCloud.from_mesh(truth).volume(resolution, pipe.volume.config.truncation))
     else:
         coarse = pipe.volume(views, cameras=RIG, image=image, generator=generator).meshes[0]
+    unlit = [Image.fromarray(view) for view in render(truth, RIG, args.size, shading="none")]
     return coarse, pipe.texture(coarse, unlit, cameras=RIG, generator=generator).meshes[0]
 
 

@@ -294,7 +294,7 @@ def test_reference_interval(pipe, images):
     sizes = []
     hook = pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-1]))
 
-    def passes(**kwargs) -> str:
+    def passes(**kwargs) -> tuple[str, torch.Tensor]:
         sizes.clear()
         tile = latent(pipe, images[0], num_inference_steps=4, **kwargs)
         return "".join("write " if size == SIZE // 2 else "read " for size in sizes).strip(), tile

@@ -4,7 +4,7 @@
 
 With `--config` the weights are random, with `--model` (default: the checkpoint in the package) trained. The reference is noised as
 in Zero123++ whatever the checkpoint says, since a clean one is read once and there is nothing to compare. Modes: `exact`, the pipeline
-as it is; `reuse N`, `reference_interval=N`; `half guided`, guidance in the first half of the steps only; and both. PSNR is between a
+as it is; `reuse N`, `reuse_interval=N`; `half guided`, guidance in the first half of the steps only. PSNR is between a
 mode's tile and the plain loop's, from the same noise. Text, image and reference latent are encoded once in all of them.
 """
 
@@ -29,10 +29,10 @@ from one2345pp.training.components import build_components
 
 MODES = {
     "exact": {},
-    "reuse 2": {"reference_interval": 2},
-    "reuse 4": {"reference_interval": 4},
+    "reuse 2": {"reuse_interval": 2},
+    "reuse 3": {"reuse_interval": 3},
+    "reuse 4": {"reuse_interval": 4},
     "half guided": {"guidance_interval": (0.0, 0.5)},
-    "half guided, reuse 4": {"guidance_interval": (0.0, 0.5), "reference_interval": 4},
 }
 
 

@@ -18,7 +18,7 @@ from diffusers import (
 from PIL import Image
 
 from one2345pp.errors import InputError
-from one2345pp.models.attention_reference import reference_attention
+from one2345pp.models.attention_reference import ReferenceAttention, reference_attention
 from one2345pp.pipelines.pipeline_multiview_tile import MultiViewTilePipeline, composite_on_grey
 from one2345pp.training.multiview import build_components
 
@@ -113,7 +113,7 @@ def test_call_signature():
     expected = """self image prompt negative_prompt num_inference_steps guidance_scale num_images_per_prompt height width
         generator latents control_image output_type return_dict callback_on_step_end callback_on_step_end_tensor_inputs
         cross_attention_kwargs controlnet_conditioning_scale control_guidance_start control_guidance_end guidance_interval
-        transparent reference_interval"""
+        transparent reuse_interval"""
     assert names == expected.split()
 
 
@@ -289,24 +289,63 @@ def test_guidance_interval(pipe, images):
     assert torch.equal(none, latent(pipe, images[0], num_inference_steps=4, guidance_scale=1.0))
 
 
-def test_reference_interval(pipe, images):
-    """Oracle: the sizes that the UNet sees: the reference in every second step only, and anew where guidance ends; 1 is exact."""
-    sizes = []
-    hook = pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-1]))
+def test_reuse_interval(pipe, images):
+    """Oracle: what the UNet sees, `samples x width`: reference and negative branch at the first step of a group only; 1 is exact."""
+    seen = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
 
     def passes(**kwargs) -> tuple[str, torch.Tensor]:
-        sizes.clear()
+        seen.clear()
         tile = latent(pipe, images[0], num_inference_steps=4, **kwargs)
-        return "".join("write " if size == SIZE // 2 else "read " for size in sizes).strip(), tile
+        return " ".join(f"{'write' if shape[-1] == SIZE // 2 else 'read'}{shape[0]}" for shape in seen), tile
 
     exact, tile = passes()
-    assert exact == "write read write read write read write read"
-    reused, other = passes(reference_interval=2)
-    assert reused == "write read read write read read"
-    assert passes(reference_interval=4, guidance_interval=(0.0, 0.25))[0] == "write read write read read read"
+    assert exact == " ".join(["write2 read2"] * 4)
+    reused, other = passes(reuse_interval=2)
+    assert reused == " ".join(["write2 read2 read1"] * 2)
+    assert passes(reuse_interval=4, guidance_interval=(0.0, 0.25))[0] == "write2 read2 read1 read1 read1"
+    assert passes(reuse_interval=4, guidance_interval=(0.5, 1.0))[0] == "write1 read1 read1 write2 read2 read1"
     hook.remove()
     assert not torch.allclose(tile, other, atol=1e-4)
-    assert torch.equal(tile, latent(pipe, images[0], num_inference_steps=4, reference_interval=1))
+    assert torch.equal(tile, latent(pipe, images[0], num_inference_steps=4, reuse_interval=1))
+
+
+def test_reused_guidance(pipe, images, monkeypatch):
+    """Oracle: the formula. Where the UNet says the same at every step, reusing what it said changes nothing."""
+    read = ReferenceAttention.read
+    said = []
+
+    def repeat(passes, sample, *args, **kwargs):
+        if not said:
+            said.append(read(passes, sample, *args, **kwargs))
+        return said[0][-len(sample) :]
+
+    monkeypatch.setattr(ReferenceAttention, "read", repeat)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # draws no noise
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0}
+    exact = latent(pipe, images[0], **settings)
+    assert torch.allclose(exact, latent(pipe, images[0], **settings, reuse_interval=4), atol=1e-5)
+    assert not torch.allclose(exact, latent(pipe, images[0], **settings, guidance_interval=(0.0, 0.25)), atol=1e-3)
+
+
+def test_changed_condition_is_read_anew(pipe, images):
+    """Oracle: within a group of steps, another prompt from a callback ends what was kept."""
+    seen = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+
+    def change(pipe, step, timestep, tensors):
+        return {"prompt_embeds": tensors["prompt_embeds"] + 1} if step == 1 else {}
+
+    latent(
+        pipe,
+        images[0],
+        num_inference_steps=4,
+        reuse_interval=4,
+        callback_on_step_end=change,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+    )
+    hook.remove()
+    assert [shape[0] for shape in seen] == [2, 2, 1, 2, 2, 1]
 
 
 def test_text_and_pictures_are_encoded_once(pipe, images):

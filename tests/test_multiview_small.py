@@ -32,7 +32,7 @@ def quiet(pipe):
 
 def test_a_clean_reference_is_read_once_without_noise(components, image):
     """Oracle: the latents that the UNet sees: the tile once a step, and before it the reference, as the VAE's posterior drew it, at
-    timestep 0. Where guidance ends the reference of the branch that stays is read again."""
+    timestep 0. Where guidance begins, both branches' references are read; where it ends, nothing is."""
     pipe = quiet(MultiViewTilePipeline(**components, view_size=SIZE, clean_reference=True))
     seen = []
     hook = pipe.unet.register_forward_pre_hook(lambda module, args: seen.append((args[0], args[1])))
@@ -43,12 +43,13 @@ def test_a_clean_reference_is_read_once_without_noise(components, image):
     pixels = pipe.prepare_reference([image], 1, torch.Generator().manual_seed(0))
     torch.testing.assert_close(seen[0][0], pixels)
     assert seen[0][1].sum() == 0 and seen[1][1] == pipe.scheduler.timesteps[0]
-    seen.clear()
-    draw(pipe, image, guidance_interval=(0.0, 0.5))
+    for interval, expected in (((0.0, 0.5), [2]), ((0.5, 1.0), [1, 2])):
+        seen.clear()
+        draw(pipe, image, guidance_interval=interval)
+        references = [sample for sample, _ in seen if sample.shape[-1] == SIZE // 2]
+        assert [len(reference) for reference in references] == expected
+    torch.testing.assert_close(references[0], references[1][1:])
     hook.remove()
-    references = [sample for sample, _ in seen if sample.shape[-1] == SIZE // 2]
-    assert [len(reference) for reference in references] == [2, 1]
-    torch.testing.assert_close(references[1], references[0][1:])
 
 
 def test_a_changed_reference_is_read_anew(components, image):

@@ -61,7 +61,8 @@ class ReferenceAttention:
             raise _AllKept
 
     def read(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **kwargs) -> Tensor:
-        """Run the UNet on `sample [B, c, H, W]`; keys and values come from its own tokens and the kept ones.
+        """Run the UNet on `sample [B, c, H, W]`; keys and values come from its own tokens and the kept ones, of
+        which there may be more than `B`: the last are used.
 
         Returns:
             The UNet's prediction, `[B, c, H, W]`.
@@ -131,7 +132,8 @@ class ReferenceAttnProcessor:
         if self.passes.mode == "write":
             self.passes.keep(self.name, hidden_states)
         else:
-            context = torch.cat([hidden_states, self.passes.tokens[self.name]], dim=1)  # [B, N + M, C]
+            tokens = self.passes.tokens[self.name][-len(hidden_states) :]
+            context = torch.cat([hidden_states, tokens], dim=1)  # [B, N + M, C]
         return self.inner(attn, hidden_states, context, attention_mask)
 
 

@@ -210,22 +210,32 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
         control: Control,
         **kwargs,
     ) -> Tensor:
-        """The UNet's prediction at a step, `[B * n, c, h, w]`; guided if `context` and `reference` have two branches."""
+        """The UNet's guided prediction at a step, `[B * n, c, h, w]`; `context` and `reference` of every branch, see `__call__`.
+
+        In a group of `reuse_interval` steps only the first reads the reference and runs the negative branch. With `d = p - n`, the
+        prediction less that of the negative branch, as the first step found it, the others predict `p + (guidance_scale - 1) d`.
+        """
         timestep = self.scheduler.timesteps[step]
-        branches = len(context) // len(latents)
+        first = step % self._reuse_interval == 0
+        guided = self._guided_steps[step]
+        both = guided and (first or self._direction is None)
+        if not both:  # the negative branch is first
+            context, reference = context[-len(latents) :], reference[-len(latents) :]
+        branches = 1 + both
         sample = self.scheduler.scale_model_input(torch.cat([latents] * branches), timestep)
-        known = passes.samples == len(context)  # not at the first step, nor where guidance begins or ends
+        known = passes.samples >= len(context)  # not at the first step, nor where guidance begins
         if self.config.clean_reference:
             if not known:
                 passes.write(reference, torch.zeros_like(timestep), context, **kwargs)
-        elif not known or step % self._reference_interval == 0:
+        elif first or not known:
             passes.write(self.noise_reference(reference, timestep, generator, branches), timestep, context, **kwargs)
         residuals = control.residuals(sample, timestep, context, step, self.num_timesteps)
         prediction = passes.read(sample, timestep, context, **kwargs, **residuals)
-        if branches == 1:
-            return prediction
-        negative, positive = prediction.chunk(2)
-        return negative + self.guidance_scale * (positive - negative)
+        if both:
+            negative, positive = prediction.chunk(2)
+            self._direction = positive - negative
+            return negative + self.guidance_scale * self._direction
+        return prediction + (self.guidance_scale - 1) * self._direction if guided else prediction
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """VAE latents (times the scaling factor) to pixels in [-1, 1], `[B * n, 3 or 4, height, width]`, see `vae`."""
@@ -267,7 +277,7 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
         control_guidance_end: float | list[float] = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         transparent: bool = False,
-        reference_interval: int = 1,
+        reuse_interval: int = 1,
     ) -> MultiViewTilePipelineOutput | tuple:
         r"""Draw the six views of the object in each image.
 
@@ -293,8 +303,8 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
             guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Share of the steps in which guidance acts; the
                 others run no second branch.
             transparent (`bool`, defaults to `False`): Cut the views out of their grey (`RGBA`); the tiles stay as drawn.
-            reference_interval (`int`, defaults to 1): Steps for which the noised reference is read once, and its tokens kept; 1 is
-                exact, 2 and more are faster. Without effect with `clean_reference`, which is read once a call anyway.
+            reuse_interval (`int`, defaults to 1): Steps in a row that share one reading of the noised reference and one run of the
+                negative branch; 1 is exact, 2 and more are faster, see `predict`.
 
         Returns:
             [`MultiViewTilePipelineOutput`]: tiles in `images`, their views in `views`.
@@ -315,7 +325,7 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
         multiview_inputs.check_counts(
             num_inference_steps=num_inference_steps,
             num_images_per_prompt=num_images_per_prompt,
-            reference_interval=reference_interval,
+            reuse_interval=reuse_interval,
         )
         multiview_inputs.check_texts(number, prompt=prompts, negative_prompt=negative_prompts)
         multiview_inputs.check_size(height, width, config.view_size, self.vae_scale_factor)
@@ -334,7 +344,8 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
             control_guidance_end,
         )
         self._guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
-        self._reference_interval = reference_interval
+        self._reuse_interval = reuse_interval
+        self._direction = None  # of guidance
         self._interrupt = False
 
         # 2. Timesteps
@@ -364,13 +375,12 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
             for step, timestep in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                branches = slice(None) if self._guided_steps[step] else slice(-batch, None)  # the negative one is first
                 prediction = self.predict(
                     passes,
                     latents,
                     step,
-                    prompt_embeds[branches],
-                    reference_latents[branches],
+                    prompt_embeds,
+                    reference_latents,
                     generator,
                     control,
                     cross_attention_kwargs=cross_attention_kwargs,
@@ -389,6 +399,7 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
                     reference_latents = changed.get("reference_latents", reference_latents)
                     if not {"prompt_embeds", "reference_latents"}.isdisjoint(changed):
                         passes.tokens.clear()  # read the reference anew
+                        self._direction = None
                 progress.update()
 
         # 6. Decode

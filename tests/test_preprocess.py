@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
 from one2345pp import CameraRig, InputError
 from one2345pp.data.shapes import shape
 from one2345pp.geometry.render import render
 from one2345pp.pipelines import preprocess
+from one2345pp.pipelines.cutout import key, plain_background
 from one2345pp.pipelines.preprocess import (
     isolate_object,
     key_background,
@@ -158,6 +160,36 @@ def test_key_follows_a_gradient_and_an_object_at_the_border(mug):
     shifted[:60] = 0
     cut = isolate_object(on(ramp, shifted))
     assert alpha_error(cut, shifted) < 0.01
+
+
+def shadowed(background, rgba, strength: float, blur: float) -> Image.Image:
+    """A cut-out that throws a soft shadow to the lower right, on a plain background."""
+    thrown = np.roll(rgba[..., 3], (14, 30), (0, 1)).astype(float)
+    light = 1 - strength / 255 * ndimage.gaussian_filter(thrown, blur)
+    return on(np.array(background) * light[..., None], rgba)
+
+
+@pytest.mark.parametrize("background", [(255, 255, 255), (225, 205, 180)])
+@pytest.mark.parametrize("strength, blur", [(0.3, 8), (0.5, 10)])
+@pytest.mark.parametrize("grey", [False, True])
+def test_soft_shadows_are_background(mug, background, strength, blur, grey):
+    """Oracle: the alpha of the object alone, red or grey, but for the shadow in the handle, 2% of the picture."""
+    rgba = mug.copy()
+    if grey:
+        rgba[..., :3] = (0.6 * rgba[..., :3].mean(-1, keepdims=True)).astype(np.uint8)
+    image = shadowed(background, rgba, strength, blur)
+    pixels = np.asarray(image, np.float32)
+    with_shadow = key(pixels, *plain_background(pixels))
+    assert alpha_error(with_shadow, rgba) > 0.08
+    assert alpha_error(isolate_object(image), rgba) < 0.027
+
+
+def test_soft_objects_are_no_shadows():
+    """Out of focus, a grey ball on white looks like a shadow, but there is nothing else."""
+    y, x = np.mgrid[-1:1:200j, -1:1:200j]
+    ball = 1 - 0.6 * ndimage.gaussian_filter((x * x + y * y < 0.3).astype(float), 12)
+    cut = isolate_object(Image.fromarray((255 * ball[..., None] * np.ones(3)).astype(np.uint8)))
+    assert 0.15 < (np.asarray(cut)[..., 3] > 127).mean() < 0.5
 
 
 def test_white_object_on_white_keeps_its_inside():

@@ -1,6 +1,6 @@
 """Pictures in: reading any file, cutting the object out, tiles and folders of views. Framing lives in `geometry.framing`."""
 
-# H W pixels. Distances between colours are the largest difference of a channel, 0..255.
+# H W pixels
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from scipy import ndimage
 
 from ..errors import InputError
 from ..geometry.cameras import CameraRig
 from ..geometry.framing import frame_object
+from .cutout import key, plain_background
 
 
 __all__ = [
@@ -145,9 +145,9 @@ def _remove_background(picture: Image.Image, background: str, name: str) -> Imag
     if np.ptp(np.asarray(picture).reshape(-1, 3), axis=0).max() < 8:
         raise InputError(f"{name}: is one flat colour, so it shows no object.")
     if background in ("auto", "key"):
-        plain = _border_background(np.asarray(picture, np.float32))
+        plain = plain_background(np.asarray(picture, np.float32))
         if plain is not None:
-            return _key(np.asarray(picture, np.float32), *plain)
+            return key(np.asarray(picture, np.float32), *plain, shadows=True)
         if background == "key":
             raise InputError(f"{name}: its background is not plain. Pass a cut-out (RGBA), or background='rembg'.")
     if importlib.util.find_spec("rembg") is None:
@@ -169,41 +169,10 @@ def _rembg(picture: Image.Image, name: str) -> Image.Image:
         ) from error
 
 
-def _border_background(
-    rgb: np.ndarray,  # [H, W, 3] 0..255
-    share: float = 0.7,
-    tolerance: float = 18.0,
-) -> tuple[np.ndarray, float] | None:
-    """A plain background, told from the picture's border: one colour that may drift linearly across the picture.
-
-    Returns:
-        The background `[H, W, 3]` and the noise about it, or `None` if less than `share` of the border is within `tolerance`.
-    """
-    height, width = rgb.shape[:2]
-    y, x = np.meshgrid(
-        np.linspace(-1, 1, height, dtype=np.float32), np.linspace(-1, 1, width, dtype=np.float32), indexing="ij"
-    )
-    band = max(2, min(height, width) // 100)
-    border = np.ones((height, width), bool)
-    border[band:-band, band:-band] = False
-    plane = np.stack([np.ones_like(x), x, y], -1)  # [H, W, 3]
-    design, colors = plane[border], rgb[border]
-    near = np.abs(colors - np.median(colors, 0)).max(-1) < 2.5 * tolerance
-    for _ in range(3):  # refit without what does not belong: the object may touch the border
-        if near.mean() < share:
-            return None
-        fit = np.linalg.lstsq(design[near], colors[near], rcond=None)[0]
-        residual = np.abs(colors - design @ fit).max(-1)
-        near = residual < tolerance
-    if near.mean() < share:
-        return None
-    return (plane @ fit).astype(np.float32), float(np.percentile(residual[near], 95))
-
-
 def key_background(view: Image.Image, background: tuple[int, int, int] = (127, 127, 127)) -> Image.Image:
     """Cut out an object on a background of one known colour, such as the grey of a generated tile.
 
-    Only background that reaches the border counts, and holes (see `_key`), so parts of the object that happen to have the
+    Only background that reaches the border counts, and holes (see `cutout.key`), so parts of the object that happen to have the
     background's colour stay.
 
     Returns:
@@ -212,48 +181,7 @@ def key_background(view: Image.Image, background: tuple[int, int, int] = (127, 1
     if view.mode == "RGBA":
         return view
     rgb = np.asarray(view.convert("RGB"), np.float32)
-    return _key(rgb, np.broadcast_to(np.float32(background), rgb.shape), noise=8.0)
-
-
-def _key(
-    rgb: np.ndarray,  # [H, W, 3] 0..255
-    background: np.ndarray,  # [H, W, 3] 0..255
-    noise: float,
-) -> Image.Image:
-    """Alpha from the distance to a known background, and the colours freed of it.
-
-    Enclosed patches of exactly the background's colour are holes (in a handle, between the legs of a chair), unless they make
-    up most of the silhouette: then it is a drawing or an object of that colour.
-    """
-    distance = np.abs(rgb - background).max(-1)
-    empty = distance <= max(6.0, 1.5 * noise)
-    outside = _reaches_border(empty)
-    enclosed = empty & ~outside
-    if enclosed.sum() < 0.4 * (~outside).sum():
-        labels, count = ndimage.label(enclosed)
-        parts = np.arange(1, count + 1)
-        level = ndimage.median(distance, labels, parts) if count else np.empty(0)
-        area = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-        hole = (np.asarray(level) <= max(2.0, 0.75 * noise)) & (area >= max(6, 2e-4 * empty.size))
-        outside |= np.isin(labels, parts[hole])
-    # A pixel that is half object is half as far from the background as the object beside it.
-    edge = ndimage.binary_dilation(outside, np.ones((3, 3)), iterations=2) & ~outside
-    full = ndimage.maximum_filter(np.where(outside, 0, distance), size=5)
-    alpha = np.where(outside, 0.0, np.where(edge, np.clip(distance / np.maximum(full, 1e-3), 0, 1), 1.0))
-    cover = np.maximum(alpha, 0.1)[..., None]
-    colors = np.where(edge[..., None], (rgb - (1 - cover) * background) / cover, rgb)
-    rgba = np.concatenate([np.clip(colors, 0, 255), 255 * alpha[..., None]], -1)
-    return Image.fromarray(np.round(rgba).astype(np.uint8))
-
-
-def _reaches_border(
-    empty: np.ndarray,  # [H, W] bool
-) -> np.ndarray:
-    """The part of `empty` that is connected to the picture's border by ways wider than a pixel or two."""
-    wide = ndimage.binary_erosion(empty, border_value=1)
-    labels, _ = ndimage.label(wide)
-    frame = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
-    return ndimage.binary_dilation(np.isin(labels, frame[frame > 0]), iterations=2, mask=empty)
+    return key(rgb, np.broadcast_to(np.float32(background), rgb.shape), noise=8.0)
 
 
 # --- tiles and folders of views -------------------------------------------------------------------------------------
@@ -334,7 +262,7 @@ def _open_view(path: Path) -> Image.Image:
         pixels = np.asarray(picture)
         if pixels[..., 3].max() < 26:
             raise InputError(f"{path}: is fully transparent. Leave out views that do not show the object.")
-        if pixels[..., 3].min() < 128 or _border_background(pixels[..., :3].astype(np.float32)) is None:
+        if pixels[..., 3].min() < 128 or plain_background(pixels[..., :3].astype(np.float32)) is None:
             return picture
     return isolate_object(path)
 

@@ -45,7 +45,7 @@ def main() -> None:
     predict(objects, args)
     if args.shard == (0, 1):
         reports = {m: r for m in args.methods if (r := measure(m, args)) is not None}
-        write_tables(reports, args.output)
+        write_tables(reports, {method: front_view(method, args) for method in reports}, args.output)
         draw_sheets(objects, args)
 
 
@@ -116,9 +116,13 @@ def rig_for(name: str, object_name: str) -> CameraRig:
 def true_pictures(mesh: trimesh.Trimesh, rig: CameraRig, size: int) -> tuple[Image.Image, list[Image.Image]]:
     """The input image, and the views of the rig, both RGBA."""
     views = [Image.fromarray(view) for view in render(mesh, rig, size)]
+    return frame_object(Image.fromarray(render(mesh, front_camera(), size)[0])), views
+
+
+def front_camera() -> CameraRig:
+    """The camera of the input image."""
     fov = math.radians(30)
-    front = CameraRig.from_angles([0.0], INPUT_ELEVATION, fov, 0.5 / math.tan(fov / 2))
-    return frame_object(Image.fromarray(render(mesh, front, size)[0])), views
+    return CameraRig.from_angles([0.0], INPUT_ELEVATION, fov, 0.5 / math.tan(fov / 2))
 
 
 def predict(objects: list[dict], args: argparse.Namespace) -> None:
@@ -181,7 +185,29 @@ def measure(method: str, args: argparse.Namespace) -> dict | None:
     )
 
 
-def write_tables(reports: dict[str, dict], output: Path) -> None:
+def front_view(method: str, args: argparse.Namespace, size: int = 160) -> dict[str, float]:
+    """IoU of the mesh's silhouette and the truth's, seen by the input image's camera, mean over the meshes.
+
+    `front_iou` as they stand; `front_iou_framed` each in its frame, as the input image is, which says nothing of size and place.
+    """
+    figures = []
+    for path in sorted((args.output / "pred" / method).glob("*.ply")):
+        meshes = load_mesh(path), normalize_to_sphere(load_mesh(args.output / "gt" / f"{path.stem}.glb"))
+        pictures = [
+            Image.fromarray(render(mesh, front_camera(), size, supersample=1, shading="none")[0]) for mesh in meshes
+        ]
+        figures.append([overlap(*pictures), overlap(*map(frame_object, pictures))])
+    plain, framed = np.mean(figures, 0)
+    return {"front_iou": float(plain), "front_iou_framed": float(framed)}
+
+
+def overlap(a: Image.Image, b: Image.Image) -> float:
+    """Intersection over union of two pictures' masks."""
+    a, b = (np.asarray(picture.getchannel("A")) >= 128 for picture in (a, b))
+    return float((a & b).sum() / (a | b).sum())
+
+
+def write_tables(reports: dict[str, dict], fronts: dict[str, dict[str, float]], output: Path) -> None:
     """All methods side by side: `report.md` and `report.json`."""
     rows, columns = [], []
     for method, report in reports.items():
@@ -198,10 +224,14 @@ def write_tables(reports: dict[str, dict], output: Path) -> None:
     lines += [
         "",
         "Means over the objects measured; each method's own report says which are missing, how, and what each number is.",
+        "",
+        "Silhouettes seen by the input image's camera, as they stand and each in its frame:",
+        "",
+        *(f"- {m}: {f['front_iou']:.4f}, {f['front_iou_framed']:.4f}" for m, f in fronts.items()),
     ]
     (output / "report.md").write_text("\n".join(lines) + "\n")
     kept = ("settings", "definitions", "counts", "missing_predictions", "failed", "summary", "groups")
-    combined = {method: {key: report[key] for key in kept} for method, report in reports.items()}
+    combined = {method: fronts[method] | {key: report[key] for key in kept} for method, report in reports.items()}
     (output / "report.json").write_text(json.dumps(combined, indent=1) + "\n")
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.training_utils import compute_snr
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
@@ -59,6 +60,17 @@ DEFAULTS = {
 }
 
 
+SCALARS = (  # of the pipeline's config
+    "view_size",
+    "rig",
+    "clean_reference",
+    "tile_positions",
+    "default_num_inference_steps",
+    "default_guidance_scale",
+    "ramping_coefficients",
+)
+
+
 def run(config: dict, *, data: Path, output: Path, device: str = "auto", minutes: float | None = None) -> None:
     """Train the whole stage, phase by phase; a phase whose result is in `output` is not repeated, a cut one goes on.
 
@@ -68,7 +80,13 @@ def run(config: dict, *, data: Path, output: Path, device: str = "auto", minutes
         output: Gets `vae/`, `vision_encoder/` and `pipeline/`, which `MultiViewTilePipeline.from_pretrained` loads.
         device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.
         minutes: Time for the whole run; the phases' own limits are scaled to it.
+
+    A config with a `base` goes on from another first stage instead, see `finetune`.
     """
+    if "base" in config:
+        from .finetune import finetune
+
+        return finetune(config, data=Path(data), output=Path(output), device=device, minutes=minutes)
     unknown = set(config) - set(DEFAULTS) - {"components", "phases"}
     if unknown or "components" not in config or "phases" not in config:
         raise InputError(
@@ -100,15 +118,7 @@ def run(config: dict, *, data: Path, output: Path, device: str = "auto", minutes
     components = build_components(config)
     components["vae"] = AutoencoderKL.from_pretrained(output / "vae")
     components["vision_encoder"] = CLIPVisionModelWithProjection.from_pretrained(output / "vision_encoder")
-    pipeline = MultiViewTilePipeline(
-        **components,
-        view_size=config["view_size"],
-        rig=config["rig"],
-        clean_reference=config["clean_reference"],
-        tile_positions=config["tile_positions"],
-        default_num_inference_steps=config["default_num_inference_steps"],
-        default_guidance_scale=config["default_guidance_scale"],
-    )
+    pipeline = MultiViewTilePipeline(**components, **{key: config[key] for key in SCALARS if key in config})
     latents = LatentDataset(data, config, pipeline, output / "latents")
     objective = DenoiserObjective(
         config, pipeline, latents.empty, preview_examples(config["validation"] or data, config)
@@ -266,10 +276,9 @@ class DenoiserObjective:
 
     def collate(self, items: list[dict], generator: torch.Generator) -> dict[str, Tensor]:
         pick = torch.randint(len(items[0]["embeds"]), (len(items),), generator=generator)
-        reference = torch.stack([item["references"][i] for item, i in zip(items, pick, strict=True)]).float()
         embeds = torch.stack([item["embeds"][i] for item, i in zip(items, pick, strict=True)]).float()
         dropped = torch.rand(len(items), generator=generator) < self.config["condition_dropout"]
-        reference[dropped] = self.empty
+        reference = self.collate_references(items, pick, dropped, generator)
         context = self.text + self.ramp * (embeds * ~dropped[:, None])[:, None]
         tile = torch.stack([item["tile"] for item in items]).float()
         return {
@@ -280,16 +289,27 @@ class DenoiserObjective:
                 self.noise_scheduler.config.num_train_timesteps, (len(items),), generator=generator
             ),
             "noise": torch.randn(tile.shape, generator=generator),
-            "reference_noise": torch.randn(reference.shape, generator=generator),
         }
+
+    def collate_references(self, items: list[dict], pick: Tensor, dropped: Tensor, generator) -> Tensor:
+        """What shows the model each sample's input picture `pick [B]`, an empty one where `dropped [B]`: latents `[B, c, h', w']`."""
+        reference = torch.stack([item["references"][i] for item, i in zip(items, pick, strict=True)]).float()
+        reference[dropped] = self.empty
+        return reference
+
+    def encode_references(self, reference: Tensor, generator: torch.Generator) -> Tensor:
+        """Latents of what `collate_references` made; they are it here."""
+        return reference
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         scheduler, timesteps, context = self.noise_scheduler, batch["timesteps"], batch["context"]
         noised = scheduler.add_noise(batch["latents"], batch["noise"], timesteps)
-        reference, reference_steps = batch["reference"], torch.zeros_like(timesteps)
+        reference = self.encode_references(batch["reference"], generator)
+        reference_steps = torch.zeros_like(timesteps)
         if not self.config["clean_reference"]:
             reference_steps = timesteps
-            reference = scheduler.add_noise(reference, batch["reference_noise"], timesteps)
+            noise = randn_tensor(reference.shape, generator, reference.device, reference.dtype)
+            reference = scheduler.add_noise(reference, noise, timesteps)
         tile = (ROWS, COLUMNS) if self.config["tile_positions"] else None
         with reference_attention(self.pipeline.unet, tile) as passes:
             passes.write(reference, reference_steps, context)
@@ -326,8 +346,7 @@ class DenoiserObjective:
         MultiViewTilePipeline(**components, **self._scalars()).save_pretrained(output / "pipeline")
 
     def _scalars(self) -> dict:
-        keys = ("view_size", "rig", "clean_reference", "tile_positions")
-        return {key: self.config[key] for key in (*keys, "default_num_inference_steps", "default_guidance_scale")}
+        return {key: self.pipeline.config[key] for key in SCALARS}
 
 
 def _save_whole(model, folder: Path) -> None:

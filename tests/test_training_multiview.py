@@ -21,6 +21,7 @@ from one2345pp.geometry.render import render
 from one2345pp.pipelines.pipeline_multiview_tile import MultiViewTilePipeline, scale_latents
 from one2345pp.training import multiview, tiles
 from one2345pp.training.components import build_components, build_vae, seeded, start_from
+from one2345pp.training.loop import train
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -261,6 +262,20 @@ def test_denoiser_learns_one_sample(denoiser):
         optimizer.step()
         losses.append(loss.item())
     assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:3])
+
+
+def test_compiled_training_is_the_same_training(denoiser, tmp_path):
+    """Oracle: the UNet after two steps, both its passes compiled; on a GPU another backend compiles the same graphs."""
+    states = []
+    for backend in (None, "aot_eager"):
+        objective = multiview.DenoiserObjective(
+            denoiser[0].config, copy.deepcopy(denoiser[0].pipeline), denoiser[0].empty, []
+        )
+        objective.preview = lambda modules, path: None
+        train(objective, denoiser[1], {**PHASE, "compile": backend}, tmp_path / str(backend), device="cpu")
+        states.append(torch.load(tmp_path / str(backend) / "state.pt", weights_only=True)["modules"])
+    for name, weight in states[0].items():
+        torch.testing.assert_close(states[1][name], weight, atol=1e-4, rtol=1e-3, msg=name)
 
 
 def test_min_snr_weighs_clean_steps_less(denoiser):

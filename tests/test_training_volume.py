@@ -181,6 +181,29 @@ def test_training_learns_and_a_cut_run_goes_on(stage, dataset, tmp_path):
         assert OccupancyUNet3DModel.from_pretrained(whole / "occupancy_unet").config.sample_size == 8
 
 
+def test_compiled_training_is_the_same_training(dataset, tmp_path):
+    """Oracle: the weights after three steps. On a GPU it is another backend that compiles the same graphs."""
+    states = []
+    for backend in (None, "aot_eager"):
+        config = CONFIG["occupancy"] | {
+            "training": CONFIG["occupancy"]["training"] | {"max_steps": 3, "compile": backend}
+        }
+        occupancy.run(config, data=dataset.path, output=tmp_path / str(backend), device="cpu")
+        states.append(torch.load(tmp_path / str(backend) / "state.pt", weights_only=True)["modules"])
+    for name, weight in states[0].items():
+        torch.testing.assert_close(states[1][name], weight, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("stage", ["occupancy", "sparse"])
+def test_training_runs_in_bfloat16(stage, dataset, tmp_path):
+    """The number format of a GPU run: weights stay float32 and finite."""
+    module, config = {"occupancy": occupancy, "sparse": sparse}[stage], CONFIG[stage]
+    settings = config["training"] | {"mixed_precision": "bf16"}
+    module.run({**config, "training": settings}, data=dataset.path, output=tmp_path, device="cpu")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)["modules"]
+    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in state.values())
+
+
 @pytest.mark.parametrize("stage", ["occupancy", "sparse"])
 def test_loss_falls_on_one_batch(stage, dataset):
     module, config = {"occupancy": occupancy, "sparse": sparse}[stage], CONFIG[stage]

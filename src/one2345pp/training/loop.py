@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -34,7 +35,8 @@ DEFAULTS = {
     "max_steps": 100_000,
     "minutes": None,
     "ema_decay": 0.999,
-    "mixed_precision": "no",
+    "mixed_precision": "auto",  # bf16 on CUDA, "no" elsewhere
+    "compile": "auto",  # backend of torch.compile: "inductor" on CUDA, none (null) elsewhere
     "seed": 0,
     "num_workers": 0,
     "checkpoint_minutes": 5.0,
@@ -47,7 +49,8 @@ class Objective(Protocol):
 
     `modules` holds what is trained. `collate(items, generator)` makes a batch of dataset items, augmentation included.
     `loss(batch, generator)` returns the scalar to minimise and figures for the log. `preview(modules, path)` draws a PNG,
-    `save(modules, folder)` writes the components; both are called with the averaged weights in `modules`.
+    `save(modules, folder)` writes the components; both are called with the averaged weights in `modules`. Where `same_shapes` is
+    false, as with voxels, whose number changes from step to step, nothing is compiled.
     """
 
     modules: nn.ModuleDict
@@ -117,8 +120,15 @@ def train(
     config = {**DEFAULTS, **config}
     limit = 60 * (minutes if minutes is not None else config["minutes"] or math.inf)
     output.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config["mixed_precision"])
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another number format
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=_precision(config, device))
     model = _Loss(objective).to(accelerator.device)
+    backend = config["compile"]
+    if backend == "auto":
+        backend = "inductor" if accelerator.device.type == "cuda" else None
+    if backend is not None and getattr(objective, "same_shapes", True):
+        for module in objective.modules.values():
+            module.compile(backend=backend)  # in place: names of weights stay
     parameters = [p for p in objective.modules.parameters() if p.requires_grad]
     kinds = {"adamw": torch.optim.AdamW, "muon": MuonAdamW}
     if config["optimizer"] not in kinds:
@@ -186,6 +196,13 @@ def train(
     bar.close()
     checkpoint(preview=True)
     logger.info("%s: %d steps, %.1f minutes", output, step, elapsed / 60)
+
+
+def _precision(config: dict, device: str) -> str:
+    """accelerate's name of the number format; bf16 by default where the run will be on CUDA."""
+    if config["mixed_precision"] != "auto":
+        return config["mixed_precision"]
+    return "bf16" if device in ("auto", "cuda") and torch.cuda.is_available() else "no"
 
 
 def _rate(config: dict, step: int, elapsed: float, limit: float) -> float:

@@ -33,6 +33,7 @@ class SparseObjective(VolumeObjective):
     """||f(x_t, t, c) - x_0||^2 on the children of occupied cells, t uniform, mean over each sample's voxels (One-2-3-45++ 3.2)."""
 
     stage = "sparse"
+    same_shapes = False
     defaults = {
         "support_noise": 0.3,  # each cell's threshold is off by up to this share (LAS-Diffusion)
         "color_weight": 1.0,

@@ -138,25 +138,34 @@ class LatentDataset(Dataset):
             )
             return pipeline.vae.encode(pixels).latent_dist
 
-        arrays: dict[str, list[Tensor]] = {name: [] for name in ("views", "references", "embeds")}
-        tables: dict[str, list[Tensor]] = {name: [] for name in ("view_ids", "input_ids", "weights")}
-        view_count = input_count = 0
-        for copy in range(1 + config["recolored_copies"]):
-            for item, weight in zip(images.items, images.weights, strict=True):
-                # Another order of the channels teaches colours to come from the reference, not from the object's kind.
-                order = torch.cat(
-                    [torch.randperm(3, generator=generator) if copy else torch.arange(3), torch.tensor([3])]
-                )
-                views, inputs = item["views"][:, order], item["inputs"][:, order]
-                small = F.interpolate(inputs[:, :3].float(), (vision_size, vision_size), mode="bicubic", antialias=True)
-                arrays["views"].append(encode(views).mode().half().contiguous())
-                arrays["references"].append(encode(inputs).sample(generator).half().contiguous())
-                arrays["embeds"].append(pipeline.vision_encoder(to_pixels(small, 1.0)).image_embeds.half())
-                tables["view_ids"].append(images.frames.views + view_count)
-                tables["input_ids"].append(images.frames.inputs + input_count)
-                tables["weights"].append(weight.repeat(len(images.frames.views)))
-                view_count, input_count = view_count + len(views), input_count + len(inputs)
-        return {name: torch.cat(parts).numpy() for name, parts in {**arrays, **tables}.items()}
+        total = (1 + config["recolored_copies"]) * len(images)
+        arrays: dict[
+            str, Tensor
+        ] = {}  # made whole at once: small ones kept between large ones leave gaps of memory unused
+
+        def put(name: str, number: int, value: Tensor) -> None:
+            if name not in arrays:
+                arrays[name] = torch.empty(total, *value.shape, dtype=torch.float16)
+            arrays[name][number] = value
+
+        for number in range(total):
+            copy, index = divmod(number, len(images))
+            item = images[index]
+            # Another order of the channels teaches colours to come from the reference, not from the object's kind.
+            order = torch.cat([torch.randperm(3, generator=generator) if copy else torch.arange(3), torch.tensor([3])])
+            views, inputs = item["views"][:, order], item["inputs"][:, order]
+            small = F.interpolate(inputs[:, :3].float(), (vision_size, vision_size), mode="bicubic", antialias=True)
+            put("views", number, encode(views).mode())
+            put("references", number, encode(inputs).sample(generator))
+            put("embeds", number, pipeline.vision_encoder(to_pixels(small, 1.0)).image_embeds)
+        frames = images.frames
+        tables = {
+            name: (own + arrays[of].shape[1] * torch.arange(total).view(-1, 1, 1)).flatten(0, 1)
+            for name, own, of in (("view_ids", frames.views, "views"), ("input_ids", frames.inputs, "references"))
+        }
+        weights = images.weights.repeat(total // len(images)).repeat_interleave(len(frames.views))
+        flat = {name: array.flatten(0, 1) for name, array in arrays.items()}
+        return {name: array.numpy() for name, array in {**flat, **tables, "weights": weights}.items()}
 
     def __len__(self) -> int:
         return len(self.weights)

@@ -18,6 +18,7 @@ from ..geometry.cameras import CameraRig
 from ..geometry.extract import finish_mesh
 from ..geometry.framing import frame_object
 from ..geometry.placement import place_picture
+from ..geometry.proportions import proportions_of, stretch
 from ..models.condition_encoder import ConditionEncoder
 from ..models.unet_occupancy import OccupancyUNet3DModel
 from ..models.unet_sparse import SparseUNet3DModel
@@ -267,7 +268,8 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             cross_attention_kwargs (`dict`, *optional*): For the attention of the views; `scale` is that of a LoRA.
 
         Returns:
-            [`One2345PlusPlusPipelineOutput`]: `meshes`, `views`, `volumes`, `coarse_meshes`, one an object.
+            [`One2345PlusPlusPipelineOutput`]: `meshes`, `views`, `volumes`, `coarse_meshes`, one an object. The meshes are stretched
+            to the picture's proportions, see `geometry.proportions`; coarse meshes are as the volumes and the views have them.
 
         Raises:
             InputError: If the arguments or a picture cannot be used.
@@ -349,7 +351,13 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         else:
             meshes = [finish_mesh(mesh, max_faces, watertight) for mesh in coarse_meshes]
 
-        # 6. Output
+        # 6. The front keeps the proportions that the picture shows
+        factors = [
+            proportions_of(mesh, picture, elevation)[0] for mesh, picture in zip(coarse_meshes, images, strict=True)
+        ]
+        meshes = [stretch(mesh, factor) for mesh, factor in zip(meshes, factors, strict=True)]
+
+        # 7. Output
         self.maybe_free_model_hooks()
         if not return_dict:
             return meshes, views, volumes, coarse_meshes

@@ -1,0 +1,65 @@
+"""The front of a mesh gets the proportions of the picture it was made from, whatever the picture's size, place and elevation."""
+
+import math
+
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+
+from one2345pp.data.shapes import shape
+from one2345pp.errors import InputError
+from one2345pp.geometry.cameras import CameraRig
+from one2345pp.geometry.export import export_mesh
+from one2345pp.geometry.mesh import load_mesh
+from one2345pp.geometry.proportions import ELEVATIONS, proportions_of, stretch
+from one2345pp.geometry.render import render
+
+
+def photograph(mesh: trimesh.Trimesh, elevation: float, size: int = 128) -> Image.Image:
+    """The mesh from the front, small and off the middle."""
+    fov = math.radians(30)
+    camera = CameraRig.from_angles([0.0], elevation, fov, 0.5 / math.tan(fov / 2))
+    picture = Image.new("RGBA", (2 * size, 2 * size))
+    picture.paste(Image.fromarray(render(mesh, camera, size, shading="none")[0]), (size // 2, size // 8))
+    return picture
+
+
+@pytest.mark.parametrize("elevation", [0.0, 10.0, 30.0])
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("factors", [(1.1, 1 / 1.1, 1.0), (0.85, 1 / 0.85, 1.0), (1.0, 1.0, 1.0)])
+def test_stretching_is_found(elevation, told, factors):
+    """Oracle: the factors by which the mesh in the picture was stretched; untold, the elevation is found, too."""
+    mesh = shape("mug")
+    picture = photograph(stretch(mesh, np.array(factors)), elevation)
+    found, where = proportions_of(mesh, picture, elevation if told else None)
+    # seen from above, height is depth in part, which does not give way: what is found is smaller
+    assert np.abs(found / factors - 1).max() < (0.03 if elevation <= 10 and told else 0.06)
+    assert where == elevation if told else abs(where - elevation) <= 10
+
+
+def test_only_so_much(tmp_path):
+    """Oracle: the limit. A needle does not become a plate."""
+    needle = trimesh.creation.box((0.05, 0.9, 0.05))
+    plate = trimesh.creation.box((0.9, 0.1, 0.3))
+    found, where = proportions_of(needle, photograph(plate, 0.0))
+    np.testing.assert_allclose(found, (1.25, 0.8, 1.0))
+    assert where in ELEVATIONS
+
+
+def test_stretched_meshes_keep_what_they_carry(tmp_path):
+    """Oracle: faces, colours and coordinates of the file that is written; normals fit the new shape."""
+    mesh = shape("mug")
+    wide = stretch(mesh, np.array((1.2, 1 / 1.2, 1.0)))
+    np.testing.assert_allclose(wide.extents, mesh.extents * (1.2, 1 / 1.2, 1), atol=1e-6)
+    np.testing.assert_allclose(wide.bounds.mean(0), mesh.bounds.mean(0), atol=1e-6)
+    again = trimesh.Trimesh(wide.vertices, wide.faces, process=False)
+    np.testing.assert_allclose(wide.face_normals, again.face_normals, atol=1e-6)
+    export_mesh(wide, tmp_path / "wide.glb")
+    np.testing.assert_allclose(load_mesh(tmp_path / "wide.glb").extents, wide.extents, atol=1e-4)
+    assert mesh.visual.kind == wide.visual.kind
+
+
+def test_a_picture_of_nothing_is_refused():
+    with pytest.raises(InputError, match="transparent"):
+        proportions_of(shape("mug"), Image.new("RGBA", (32, 32)), 0.0)

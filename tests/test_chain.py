@@ -17,6 +17,7 @@ from one2345pp import (
     TextureRefinementPipeline,
 )
 from one2345pp.data.shapes import shape
+from one2345pp.geometry.picture_fit import fit_picture, stretch
 from one2345pp.geometry.placement import place_picture
 from one2345pp.geometry.render import render
 from one2345pp.geometry.repair import is_solid
@@ -89,7 +90,12 @@ def test_chain_is_its_stages(tiny_chain, picture):
     framed = frame_object(isolate_object(picture))
     views = [key_background(view) for view in tiny_chain.multiview(framed, generator=generator).views[0]]
     solid = tiny_chain.volume(views, cameras=tiny_chain.rig, image=framed, generator=generator)
-    mesh = tiny_chain.texture(solid.meshes[0], views, tiny_chain.rig, generator=generator).meshes[0]
+    fit = fit_picture(solid.meshes[0], framed)
+    cameras = CameraRig.cat([tiny_chain.rig, fit.camera])
+    mesh = tiny_chain.texture(
+        solid.meshes[0], [*views, fit.view], cameras, generator=generator, trust=[1] * 6 + [8]
+    ).meshes[0]
+    mesh = stretch(mesh, fit.factors)
     out = tiny_chain(picture, generator=seeded(3))
     assert mesh.vertices.tobytes() == out.meshes[0].vertices.tobytes()
     assert np.array_equal(mesh.visual.material.baseColorTexture, out.meshes[0].visual.material.baseColorTexture)
@@ -107,9 +113,9 @@ def test_a_picture_of_known_elevation_is_one_more_view(tiny_chain, picture):
     solid = tiny_chain.volume([*views, placed], cameras=rig, image=framed, generator=generator)
     out = tiny_chain(picture, elevation=20, refine=False, generator=seeded(3))
     assert len(out.views[0]) == 6
-    assert solid.meshes[0].vertices.tobytes() == out.meshes[0].vertices.tobytes()
+    assert solid.meshes[0].vertices.tobytes() == out.coarse_meshes[0].vertices.tobytes()
     without = tiny_chain(picture, refine=False, generator=seeded(3))
-    assert solid.meshes[0].vertices.tobytes() != without.meshes[0].vertices.tobytes()
+    assert solid.meshes[0].vertices.tobytes() != without.coarse_meshes[0].vertices.tobytes()
 
 
 def test_swapped_parts_are_used_at_once(tiny_chain):

@@ -109,6 +109,22 @@ def test_dark_and_pure_colors_are_kept(color):
     assert np.abs(np.median(texture, 0) - color).max() <= 2
 
 
+def test_a_trusted_view_decides_where_several_see(pipe, front_rig):
+    """Oracle: one view is red, the other blue; in the middle, which both see alike, the trusted one shows, else their mean."""
+    ball = grey_ball()
+    red, blue = (
+        photograph(ball, front_rig, paint=lambda points, color=color: np.full(points.shape, color) / 255)[index]
+        for index, color in enumerate([(220, 20, 20), (20, 20, 220)])
+    )
+    share = []
+    for trust in (None, (1, 8), (8, 1)):
+        painted = pipe(ball, [red, blue], front_rig, generator=seeded(), trust=trust).meshes[0]
+        points, colors = sample(painted)
+        middle = colors[(points[:, 2] > 0.8 * RADIUS) & (np.abs(points[:, 0]) < 0.1 * RADIUS)].mean(0)
+        share.append(middle[0] / (middle[0] + middle[2]))
+    assert 0.35 < share[0] < 0.65 and share[1] < 0.25 and share[2] > 0.75
+
+
 def test_unseen_surface_keeps_its_color_without_an_edge(pipe, front_rig):
     """The back keeps the mesh's own grey exactly, the front takes the pattern, and neighbours in between never jump."""
     ball = grey_ball()
@@ -337,6 +353,8 @@ def test_wrong_input_is_refused_before_any_work(pipe, front_rig):
     views = photograph(ball, front_rig)
     with pytest.raises(InputError, match="got 2 images for rig 'zero123plus-v1.2', which has 6 cameras"):
         pipe(ball, views)
+    with pytest.raises(InputError, match="expected 2 positive numbers"):
+        pipe(ball, views, front_rig, trust=[1.0])
     with pytest.raises(InputError, match="expected squares"):
         pipe(ball, [views[0], views[1].crop((0, 0, 48, 40))], front_rig)
     with pytest.raises(InputError, match="with faces"):

@@ -23,7 +23,7 @@ class SurfaceSamples:
         normals: Unit surface normals, `[P, 3]`.
         directions: Unit vectors towards the eye that saw the colour, `[P, 3]`.
         colors: sRGB in [0, 1], `[P, 3]`.
-        weights: Trust in the colour, `[P]` in [0, 1].
+        weights: Trust in the colour, `[P]`, 0 and more.
     """
 
     points: Tensor

@@ -17,8 +17,8 @@ from ..errors import InputError
 from ..geometry.cameras import CameraRig
 from ..geometry.extract import finish_mesh
 from ..geometry.framing import frame_object
+from ..geometry.picture_fit import fit_picture, stretch
 from ..geometry.placement import place_picture
-from ..geometry.proportions import proportions_of, stretch
 from ..models.condition_encoder import ConditionEncoder
 from ..models.unet_occupancy import OccupancyUNet3DModel
 from ..models.unet_sparse import SparseUNet3DModel
@@ -41,6 +41,7 @@ MULTIVIEW_COMPONENTS = (
     "feature_extractor_vae",
     "controlnet",
 )
+PICTURE_TRUST = 8.0  # of the input picture in the texture, against 1 of a drawn view
 VOLUME_COMPONENTS = (
     "occupancy_condition",
     "occupancy_unet",
@@ -257,7 +258,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             refine (`bool`, defaults to `True`): Paint a texture from the views; without, the mesh has vertex colours.
             background (`str`, defaults to `"auto"`): How the object is told from its background, see `isolate_object`.
             elevation (`float`, *optional*): Degrees above the horizon (-90 to 90) from which the image looks, if that is known. Then
-                the image itself is one more view for the volume and the texture.
+                the image itself is one more view for the volume; for the texture it always is, from where the mesh looks most like it.
             generator (`torch.Generator` or a list, *optional*): Source of every random draw; a list has one an object.
             return_dict (`bool`, defaults to `True`): Return an output class instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(stage, step, timestep, tensors)` in every
@@ -269,7 +270,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
 
         Returns:
             [`One2345PlusPlusPipelineOutput`]: `meshes`, `views`, `volumes`, `coarse_meshes`, one an object. The meshes are stretched
-            to the picture's proportions, see `geometry.proportions`; coarse meshes are as the volumes and the views have them.
+            to the picture's proportions, see `geometry.picture_fit`; coarse meshes are as the volumes and the views have them.
 
         Raises:
             InputError: If the arguments or a picture cannot be used.
@@ -331,13 +332,17 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         volumes = [solid.volumes[0] for solid in solids]
         coarse_meshes = [solid.meshes[0] for solid in solids]
 
-        # 5. Refine the texture
+        # 5. Find how the picture looks at the mesh
+        fits = [fit_picture(mesh, picture, elevation) for mesh, picture in zip(coarse_meshes, images, strict=True)]
+
+        # 6. Refine the texture; the picture is one more view, and the only one that is not a guess
         if refine:
             texture = self.texture
             meshes = [
                 texture(
                     mesh,
-                    *seen,
+                    [*six, fit.view],
+                    CameraRig.cat([rig, fit.camera]),
                     num_inference_steps=num_texture_steps,
                     texture_size=texture_size,
                     max_faces=max_faces,
@@ -345,19 +350,17 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
                     generator=one,
                     device=self._execution_device,
                     callback_on_step_end=callback_on_step_end,
+                    trust=[1.0] * len(rig) + [PICTURE_TRUST],
                 ).meshes[0]
-                for mesh, seen, one in zip(coarse_meshes, shown, generators, strict=True)
+                for mesh, six, fit, one in zip(coarse_meshes, views, fits, generators, strict=True)
             ]
         else:
             meshes = [finish_mesh(mesh, max_faces, watertight) for mesh in coarse_meshes]
 
-        # 6. The front keeps the proportions that the picture shows
-        factors = [
-            proportions_of(mesh, picture, elevation)[0] for mesh, picture in zip(coarse_meshes, images, strict=True)
-        ]
-        meshes = [stretch(mesh, factor) for mesh, factor in zip(meshes, factors, strict=True)]
+        # 7. The front keeps the proportions that the picture shows
+        meshes = [stretch(mesh, fit.factors) for mesh, fit in zip(meshes, fits, strict=True)]
 
-        # 7. Output
+        # 8. Output
         self.maybe_free_model_hooks()
         if not return_dict:
             return meshes, views, volumes, coarse_meshes

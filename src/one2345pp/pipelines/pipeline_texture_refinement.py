@@ -117,6 +117,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         device: torch.device | str = "cpu",
         callback_on_step_end: Callable | None = None,
         return_dict: bool = True,
+        trust: Sequence[float] | None = None,
     ) -> TextureRefinementPipelineOutput | tuple:
         """Paint meshes.
 
@@ -135,6 +136,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
             callback_on_step_end: Called after each step with the pipeline, the step twice, and `{"loss": float}`. If it sets
                 `_interrupt` of the pipeline, as far as the fit has come is baked.
             return_dict: Whether to return a [`TextureRefinementPipelineOutput`] rather than a tuple.
+            trust: How much each view counts where several see a point, `V` positive numbers; all alike by default.
 
         Returns:
             Meshes with UVs and a base colour texture, in the same frame and places.
@@ -146,7 +148,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         rig = CameraRig.of(cameras)
         meshes = mesh if isinstance(mesh, (list, tuple)) else [mesh]
         view_lists = views if isinstance(mesh, (list, tuple)) else [views]
-        self.check_inputs(meshes, view_lists, rig, steps, texture_size)
+        self.check_inputs(meshes, view_lists, rig, steps, texture_size, trust)
         self._interrupt = False
         painted = []
         for one_mesh, pictures in zip(meshes, view_lists, strict=True):
@@ -154,7 +156,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
             one_mesh = finish_mesh(one_mesh, max_faces, watertight)
             atlas = unwrap(one_mesh, texture_size)
             # 3. Find what each view sees
-            visibility, seen = self.observe(one_mesh, pictures, rig, rasterizer)
+            visibility, seen = self.observe(one_mesh, pictures, rig, rasterizer, trust)
             # 4. Fit the colour field
             prior = self.sample_prior(one_mesh, visibility, generator)
             field = self.fit(one_mesh, seen, prior, steps, generator, device, callback_on_step_end)
@@ -171,6 +173,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         rig: CameraRig,
         num_inference_steps: int,
         texture_size: int,
+        trust: Sequence[float] | None = None,
     ) -> None:
         """Raise `InputError` for anything that cannot be used, before any work."""
         if len(meshes) != len(views):
@@ -179,6 +182,8 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
             raise InputError(f"num_inference_steps: got {num_inference_steps}, expected 0 or more.")
         if not 16 <= texture_size <= 16384:
             raise InputError(f"texture_size: got {texture_size}, expected 16 to 16384 pixels.")
+        if trust is not None and (len(trust) != len(rig) or min(trust) <= 0):
+            raise InputError(f"trust: got {list(trust)}, expected {len(rig)} positive numbers, one a view.")
         for mesh, pictures in zip(meshes, views, strict=True):
             if not isinstance(mesh, trimesh.Trimesh) or len(mesh.faces) == 0 or not np.isfinite(mesh.vertices).all():
                 raise InputError("mesh: expected a trimesh.Trimesh with faces and finite vertices.")
@@ -195,7 +200,12 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
                     raise InputError(f"views: got a {picture.width}x{picture.height} image, expected squares. Pad it.")
 
     def observe(
-        self, mesh: trimesh.Trimesh, views: Sequence[Image.Image], rig: CameraRig, rasterizer: str = "auto"
+        self,
+        mesh: trimesh.Trimesh,
+        views: Sequence[Image.Image],
+        rig: CameraRig,
+        rasterizer: str = "auto",
+        trust: Sequence[float] | None = None,
     ) -> tuple[Visibility, SurfaceSamples]:
         """Rasterise the mesh once and read the views where they show it.
 
@@ -220,6 +230,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
             trusted = torch.from_numpy(weights[index][mask])
             colors = rgb[torch.from_numpy(mask)]
             keep = trusted > 1e-3
+            trusted = trusted * (1.0 if trust is None else trust[index])
             seen.append([tensor[keep] for tensor in (points, normals, directions, colors, trusted)])
         samples = SurfaceSamples(*(torch.cat(column) for column in zip(*seen, strict=True)))
         if len(samples) == 0:

@@ -12,7 +12,7 @@ from one2345pp.errors import InputError
 from one2345pp.geometry.cameras import CameraRig
 from one2345pp.geometry.export import export_mesh
 from one2345pp.geometry.mesh import load_mesh
-from one2345pp.geometry.proportions import ELEVATIONS, proportions_of, stretch
+from one2345pp.geometry.picture_fit import ELEVATIONS, fit_picture, stretch
 from one2345pp.geometry.render import render
 
 
@@ -32,7 +32,8 @@ def test_stretching_is_found(elevation, told, factors):
     """Oracle: the factors by which the mesh in the picture was stretched; untold, the elevation is found, too."""
     mesh = shape("mug")
     picture = photograph(stretch(mesh, np.array(factors)), elevation)
-    found, where = proportions_of(mesh, picture, elevation if told else None)
+    fit = fit_picture(mesh, picture, elevation if told else None)
+    found, where = fit.factors, fit.elevation
     # seen from above, height is depth in part, which does not give way: what is found is smaller
     assert np.abs(found / factors - 1).max() < (0.03 if elevation <= 10 and told else 0.06)
     assert where == elevation if told else abs(where - elevation) <= 10
@@ -42,9 +43,22 @@ def test_only_so_much(tmp_path):
     """Oracle: the limit. A needle does not become a plate."""
     needle = trimesh.creation.box((0.05, 0.9, 0.05))
     plate = trimesh.creation.box((0.9, 0.1, 0.3))
-    found, where = proportions_of(needle, photograph(plate, 0.0))
-    np.testing.assert_allclose(found, (1.25, 0.8, 1.0))
-    assert where in ELEVATIONS
+    fit = fit_picture(needle, photograph(plate, 0.0))
+    np.testing.assert_allclose(fit.factors, (1.25, 0.8, 1.0))
+    assert fit.elevation in ELEVATIONS
+
+
+def test_the_view_lies_on_the_mesh():
+    """Oracle: what the fit's camera sees of the mesh itself, where the picture shows the mesh stretched: outline and colours."""
+    mesh = shape("mug")
+    picture = photograph(stretch(mesh, np.array((1.15, 1 / 1.15, 1.0))), 10.0)
+    fit = fit_picture(mesh, picture, 10.0)
+    own = render(mesh, fit.camera, fit.view.width, shading="none")[0].astype(float)
+    view = np.asarray(fit.view).astype(float)
+    masks = own[..., 3] >= 128, view[..., 3] >= 128
+    assert (masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum() > 0.95
+    both = masks[0] & masks[1]
+    assert np.abs(own - view)[both][:, :3].mean() < 8
 
 
 def test_stretched_meshes_keep_what_they_carry(tmp_path):
@@ -62,4 +76,11 @@ def test_stretched_meshes_keep_what_they_carry(tmp_path):
 
 def test_a_picture_of_nothing_is_refused():
     with pytest.raises(InputError, match="transparent"):
-        proportions_of(shape("mug"), Image.new("RGBA", (32, 32)), 0.0)
+        fit_picture(shape("mug"), Image.new("RGBA", (32, 32)), 0.0)
+
+
+def test_a_mesh_that_cannot_be_seen_stays_as_it_is():
+    """Edge-on, a plate without thickness has no front."""
+    plate = trimesh.Trimesh([[0, -0.4, -0.4], [0, 0.4, -0.4], [0, 0, 0.4]], [[0, 1, 2]], process=False)
+    fit = fit_picture(plate, photograph(shape("mug"), 10.0))
+    assert fit.factors.tolist() == [1, 1, 1] and np.asarray(fit.view).max() == 0

@@ -1,10 +1,14 @@
-"""The front of a mesh and the picture it was made from: as high for its width. Where a picture belongs lives in `placement`."""
+"""How the picture that a mesh was made from looks at its front: from which height, in which proportions; and it as one more view.
+
+Where a picture belongs beside the views, before there is a mesh, lives in `placement`.
+"""
 
 # H W pixels, E elevations
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import trimesh
@@ -18,16 +22,34 @@ from .rasterize import rasterize
 ELEVATIONS = (-10.0, 0.0, 10.0, 20.0, 30.0, 40.0)  # degrees above the horizon that pictures are taken from
 USUAL, DOUBT = 10.0, 0.003  # the elevation that is assumed, and how much likeness a degree away from it has to gain
 FOV = math.radians(30)
-SIZE = 96
+SIZE = 96  # pixels in which outlines are compared
 
 
-def proportions_of(
+@dataclass
+class PictureFit:
+    """A picture over the front of a mesh.
+
+    Args:
+        factors: How to stretch x, y and z of the mesh such that its front has the picture's proportions, `[3]`; see `stretch`.
+        elevation: Degrees above the horizon from which the picture looks.
+        view: The picture as `camera` sees the mesh as it is, before it is stretched: `RGBA`, the object's box on the mesh's.
+        camera: A rig of one.
+    """
+
+    factors: np.ndarray
+    elevation: float
+    view: Image.Image
+    camera: CameraRig
+
+
+def fit_picture(
     mesh: trimesh.Trimesh,
     picture: Image.Image,
     elevation: float | None = None,
     limit: float = 1.25,
-) -> tuple[np.ndarray, float]:
-    """How to stretch a mesh such that its front is as high for its width as the picture's object.
+    view_size: int = 256,
+) -> PictureFit:
+    """Lay a picture over the front of a mesh by the boxes of their outlines.
 
     One picture fixes the proportions of the front; views that were drawn of it need not keep them. Both sides give way alike, the
     depth, which the picture does not show, stays.
@@ -38,22 +60,29 @@ def proportions_of(
         elevation: Degrees from which the picture was taken; by default that of `ELEVATIONS` from which the mesh looks most like it,
             10 if that says little.
         limit: Most that a side is stretched or shrunk.
-
-    Returns:
-        Factors of x, y and z, `[3]`, and the elevation.
+        view_size: Pixels along a side of the fit's view.
 
     Raises:
-        InputError: If the picture or the mesh shows nothing.
+        InputError: If the picture shows nothing.
     """
     elevations = ELEVATIONS if elevation is None else (elevation,)
-    cameras = CameraRig.from_angles([0.0] * len(elevations), list(elevations), FOV, 0.5 / math.tan(FOV / 2))
-    masks = np.asarray(rasterize(mesh, cameras, SIZE).mask) >= 0.5  # [E, SIZE, SIZE]
     own = np.asarray(picture.getchannel("A")) >= 128
+    box = object_box(own)
+    masks = _outlines(mesh, _cameras(elevations), SIZE)  # [E, SIZE, SIZE]
     doubts = DOUBT * np.abs(np.array(elevations) - USUAL)
-    best = int(np.argmax([_likeness(mask, own) for mask in masks] - doubts))
-    ratio = _width_for_height(own) / _width_for_height(masks[best])
+    best = elevations[int(np.argmax([_likeness(mask, own) for mask in masks] - doubts))]
+
+    camera = _cameras([best])
+    front = _outlines(mesh, camera, view_size)[0]
+    if not front.any():  # thinner than a pixel
+        return PictureFit(np.ones(3), best, Image.new("RGBA", (view_size, view_size)), camera)
+    left, top, right, bottom = object_box(front)
+    wide, high = right - left, bottom - top
+    ratio = (box[2] - box[0]) / (box[3] - box[1]) * high / wide
     factor = min(max(math.sqrt(ratio), 1 / limit), limit)
-    return np.array([factor, 1 / factor, 1.0]), elevations[best]
+    view = Image.new("RGBa", (view_size, view_size))  # premultiplied, so that transparent colours do not bleed
+    view.paste(picture.convert("RGBa").resize((wide, high), Image.Resampling.BICUBIC, box=box), (left, top))
+    return PictureFit(np.array([factor, 1 / factor, 1.0]), best, view.convert("RGBA"), camera)
 
 
 def stretch(mesh: trimesh.Trimesh, factors: np.ndarray) -> trimesh.Trimesh:
@@ -63,9 +92,19 @@ def stretch(mesh: trimesh.Trimesh, factors: np.ndarray) -> trimesh.Trimesh:
     return stretched
 
 
+def _cameras(elevations) -> CameraRig:
+    return CameraRig.from_angles([0.0] * len(elevations), list(elevations), FOV, 0.5 / math.tan(FOV / 2))
+
+
+def _outlines(mesh: trimesh.Trimesh, cameras: CameraRig, size: int) -> np.ndarray:
+    return np.asarray(rasterize(mesh, cameras, size).mask) >= 0.5
+
+
 def _likeness(a: np.ndarray, b: np.ndarray) -> float:
     """Overlap of two silhouettes, each stretched to a square, which says how they look but for their proportions; and a little of
     what it is with them, for outlines such as a box's that say nothing."""
+    if not a.any() or not b.any():
+        return 0.0
     figures = []
     for square in (True, False):
         first, second = (_framed(mask, square) for mask in (a, b))
@@ -81,8 +120,3 @@ def _framed(mask: np.ndarray, square: bool) -> np.ndarray:
     framed = Image.new("L", (SIZE, SIZE))
     framed.paste(picture.resize(tuple(sides), Image.Resampling.BILINEAR), tuple((SIZE - sides) // 2))
     return np.asarray(framed) >= 128
-
-
-def _width_for_height(mask: np.ndarray) -> float:
-    left, top, right, bottom = object_box(mask)
-    return (right - left) / (bottom - top)

@@ -30,7 +30,8 @@ class PictureFit:
     """A picture over the front of a mesh.
 
     Args:
-        factors: How to stretch x, y and z of the mesh such that its front has the picture's proportions, `[3]`; see `stretch`.
+        factors: How to stretch x, y and z of the mesh such that its front has the picture's proportions, `[3]`; see `stretch`. 1 if the
+            elevation was guessed.
         elevation: Degrees above the horizon from which the picture looks.
         view: The picture as `camera` sees the mesh as it is, before it is stretched: `RGBA`, the object's box on the mesh's.
         camera: A rig of one.
@@ -51,8 +52,9 @@ def fit_picture(
 ) -> PictureFit:
     """Lay a picture over the front of a mesh by the boxes of their outlines.
 
-    One picture fixes the proportions of the front; views that were drawn of it need not keep them. Both sides give way alike, the
-    depth, which the picture does not show, stays.
+    One picture from a known elevation fixes the proportions of the front; views that were drawn of it need not keep them. Both sides
+    give way alike, the depth, which the picture does not show, stays. From a guessed elevation the mesh is not stretched: a little
+    higher or lower makes flat things another shape.
 
     Args:
         mesh: Front at +Z.
@@ -79,7 +81,7 @@ def fit_picture(
     left, top, right, bottom = object_box(front)
     wide, high = right - left, bottom - top
     ratio = (box[2] - box[0]) / (box[3] - box[1]) * high / wide
-    factor = min(max(math.sqrt(ratio), 1 / limit), limit)
+    factor = 1.0 if elevation is None else min(max(math.sqrt(ratio), 1 / limit), limit)
     view = Image.new("RGBa", (view_size, view_size))  # premultiplied, so that transparent colours do not bleed
     view.paste(picture.convert("RGBa").resize((wide, high), Image.Resampling.BICUBIC, box=box), (left, top))
     return PictureFit(np.array([factor, 1 / factor, 1.0]), best, view.convert("RGBA"), camera)

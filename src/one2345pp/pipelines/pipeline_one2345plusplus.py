@@ -269,8 +269,8 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             cross_attention_kwargs (`dict`, *optional*): For the attention of the views; `scale` is that of a LoRA.
 
         Returns:
-            [`One2345PlusPlusPipelineOutput`]: `meshes`, `views`, `volumes`, `coarse_meshes`, one an object. The meshes are stretched
-            to the picture's proportions, see `geometry.picture_fit`; coarse meshes are as the volumes and the views have them.
+            [`One2345PlusPlusPipelineOutput`]: `meshes`, `views`, `volumes`, `coarse_meshes`, one an object. With an `elevation` the
+            meshes have the picture's proportions, see `geometry.picture_fit`; coarse meshes are as volumes and views have them.
 
         Raises:
             InputError: If the arguments or a picture cannot be used.
@@ -357,7 +357,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         else:
             meshes = [finish_mesh(mesh, max_faces, watertight) for mesh in coarse_meshes]
 
-        # 7. The front keeps the proportions that the picture shows
+        # 7. The front keeps the proportions that a picture of known elevation shows
         meshes = [stretch(mesh, fit.factors) for mesh, fit in zip(meshes, fits, strict=True)]
 
         # 8. Output

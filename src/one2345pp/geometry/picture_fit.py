@@ -30,8 +30,8 @@ class PictureFit:
     """A picture over the front of a mesh.
 
     Args:
-        factors: How to stretch x, y and z of the mesh such that its front has the picture's proportions, `[3]`; see `stretch`. 1 if the
-            elevation was guessed.
+        factors: How to stretch x, y and z of the mesh such that its front has the picture's proportions, `[3]`; see `stretch`.
+            1 if the elevation was guessed.
         elevation: Degrees above the horizon from which the picture looks.
         view: The picture as `camera` sees the mesh as it is, before it is stretched: `RGBA`, the object's box on the mesh's.
         camera: A rig of one.

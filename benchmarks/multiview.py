@@ -41,14 +41,20 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     pipe, image = load_pipeline(args), picture()
     draw(pipe, image, args, steps=1)  # warm up
-    plain, seconds = draw_plainly(pipe, image, args)
-    rows = [{"mode": "plain", "seconds": seconds, "share": 1.0, "psnr": None}]
-    print(json.dumps(rows[-1]), flush=True)
-    for mode in args.modes:
-        tile, own = draw(pipe, image, args, **MODES[mode])
-        error = (tile - plain).square().mean().item()
+    tiles, seconds = {}, {mode: [] for mode in ("plain", *args.modes)}
+    for _ in range(args.repeats):  # in turn, so that what else the machine does hits all of them
+        for mode in seconds:
+            if mode == "plain":
+                tiles[mode], own = draw_plainly(pipe, image, args)
+            else:
+                tiles[mode], own = draw(pipe, image, args, **MODES[mode])
+            seconds[mode].append(own)
+    rows = []
+    for mode, tile in tiles.items():
+        error = (tile - tiles["plain"]).square().mean().item()
         psnr = None if error == 0 else round(-10 * np.log10(error), 2)  # None: the same tile
-        rows.append({"mode": mode, "seconds": own, "share": own / seconds, "psnr": psnr})
+        least = min(seconds[mode])
+        rows.append({"mode": mode, "seconds": least, "share": least / min(seconds["plain"]), "psnr": psnr})
         print(json.dumps(rows[-1]), flush=True)
     report = {
         "torch": torch.__version__,
@@ -68,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1, help="rounds through all modes; the least time counts")
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     return parser.parse_args()
 

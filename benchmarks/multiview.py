@@ -112,8 +112,13 @@ def draw(
 
 def draw_plainly(pipe: MultiViewTilePipeline, image: Image.Image, args: argparse.Namespace):
     """The same call, but the UNet runs to its end on the reference, too."""
-    with patch.object(ReferenceAttention, "keep", lambda passes, name, tokens: passes.tokens.update({name: tokens})):
+    with whole_reference_pass():
         return draw(pipe, image, args)
+
+
+def whole_reference_pass():
+    """A context in which the pass over the reference does not end where its last tokens are kept."""
+    return patch.object(ReferenceAttention, "keep", lambda passes, name, tokens: passes.tokens.update({name: tokens}))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from multiview import whole_reference_pass
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from one2345pp.models.attention_reference import ReferenceAttention, reference_attention
+from one2345pp.models.attention_reference import reference_attention
 from one2345pp.pipelines.tiles import COLUMNS, ROWS
 from one2345pp.training.components import build_text_encoder, build_unet, build_vae, build_vision_encoder
 
@@ -92,13 +93,10 @@ def count_operations(parts: dict[str, nn.Module], config: dict, side: int) -> di
             run()
         return counter.get_total_flops() / 1e12
 
-    def store(passes, name, tokens):
-        passes.tokens[name] = tokens
-
     with reference_attention(parts["unet"]) as passes:
         write = count(lambda: passes.write(*reference(2)))
         both, one = (count(lambda n=n: passes.read(*tile(n))) for n in (2, 1))
-        with patch.object(ReferenceAttention, "keep", store):
+        with whole_reference_pass():
             whole = count(lambda: passes.write(*reference(2)))
     plain = whole + both
     shares = {"plain": 1.0, "exact": (write + both) / plain}
@@ -121,7 +119,7 @@ class LiveTensors(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {id(x.untyped_storage()._cdata) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):

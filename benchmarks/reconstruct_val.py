@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 from one2345pp import default_checkpoint
 from one2345pp.errors import InputError
 from one2345pp.evaluation.baselines import extruded_silhouette, visual_hull
+from one2345pp.evaluation.metrics import image_metrics
 from one2345pp.evaluation.report import evaluate
 from one2345pp.geometry.cameras import CameraRig
 from one2345pp.geometry.export import export_mesh
@@ -196,15 +197,18 @@ def front_view(method: str, args: argparse.Namespace, size: int = 160) -> dict[s
         pictures = [
             Image.fromarray(render(mesh, front_camera(), size, supersample=1, shading="none")[0]) for mesh in meshes
         ]
-        figures.append([overlap(*pictures), overlap(*map(frame_object, pictures))])
+        try:
+            framed = overlap(*map(frame_object, pictures))
+        except InputError:  # edge-on there may be nothing to see
+            framed = 0.0
+        figures.append([overlap(*pictures), framed])
     plain, framed = np.mean(figures, 0)
     return {"front_iou": float(plain), "front_iou_framed": float(framed)}
 
 
 def overlap(a: Image.Image, b: Image.Image) -> float:
     """Intersection over union of two pictures' masks."""
-    a, b = (np.asarray(picture.getchannel("A")) >= 128 for picture in (a, b))
-    return float((a & b).sum() / (a | b).sum())
+    return image_metrics(np.asarray(a)[None], np.asarray(b)[None])["mask_iou"]
 
 
 def write_tables(reports: dict[str, dict], fronts: dict[str, dict[str, float]], output: Path) -> None:

@@ -17,6 +17,7 @@ from one2345pp import (
     TextureRefinementPipeline,
 )
 from one2345pp.data.shapes import shape
+from one2345pp.geometry.extract import finish_mesh
 from one2345pp.geometry.picture_fit import fit_picture, stretch
 from one2345pp.geometry.placement import place_picture
 from one2345pp.geometry.render import render
@@ -95,7 +96,6 @@ def test_chain_is_its_stages(tiny_chain, picture):
     mesh = tiny_chain.texture(
         solid.meshes[0], [*views, fit.view], cameras, generator=generator, trust=[1] * 6 + [8]
     ).meshes[0]
-    mesh = stretch(mesh, fit.factors)
     out = tiny_chain(picture, generator=seeded(3))
     assert mesh.vertices.tobytes() == out.meshes[0].vertices.tobytes()
     assert np.array_equal(mesh.visual.material.baseColorTexture, out.meshes[0].visual.material.baseColorTexture)
@@ -114,6 +114,9 @@ def test_a_picture_of_known_elevation_is_one_more_view(tiny_chain, picture):
     out = tiny_chain(picture, elevation=20, refine=False, generator=seeded(3))
     assert len(out.views[0]) == 6
     assert solid.meshes[0].vertices.tobytes() == out.coarse_meshes[0].vertices.tobytes()
+    finished = finish_mesh(solid.meshes[0], None, False)
+    stretched = stretch(finished, fit_picture(solid.meshes[0], framed, 20).factors)
+    assert stretched.vertices.tobytes() == out.meshes[0].vertices.tobytes()
     without = tiny_chain(picture, refine=False, generator=seeded(3))
     assert solid.meshes[0].vertices.tobytes() != without.coarse_meshes[0].vertices.tobytes()
 

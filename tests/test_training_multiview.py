@@ -118,6 +118,7 @@ def test_frames_of_a_ring_are_what_the_rig_sees(tmp_path):
     mirrored = mesh.copy()
     mirrored.apply_transform(np.diag([-1.0, 1, 1, 1]))
     for k in range(12):
+        assert torch.equal(frames.input_pictures(prepared[0], k), pictures["inputs"][frames.inputs[k]])
         # Seen in a mirror, turning the camera by an angle is turning it by minus that angle.
         azimuth = 40 + 60 * k if k < 6 else -(40 + 60 * (k - 6))
         rig = CameraRig.named("zero123plus-v1.2").rotated(azimuth)

@@ -59,8 +59,8 @@ def key(
     empty = distance <= max(6.0, 1.5 * noise)
     outside = _reaches_border(empty)
     if shadows:
-        shadow, level = find_shadows(rgb, background, outside)
-        background = background * level[..., None]
+        shadow, light = find_shadows(rgb, background, outside)
+        background = background * light[..., None]
         distance = np.abs(rgb - background).max(-1)
         outside |= shadow
     enclosed = empty & ~outside

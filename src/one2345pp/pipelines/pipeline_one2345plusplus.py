@@ -358,7 +358,8 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             meshes = [finish_mesh(mesh, max_faces, watertight) for mesh in coarse_meshes]
 
         # 7. The front keeps the proportions that a picture of known elevation shows
-        meshes = [stretch(mesh, fit.factors) for mesh, fit in zip(meshes, fits, strict=True)]
+        if elevation is not None:
+            meshes = [stretch(mesh, fit.factors) for mesh, fit in zip(meshes, fits, strict=True)]
 
         # 8. Output
         self.maybe_free_model_hooks()

@@ -8,7 +8,6 @@ cross-attention, as LoRA or the matrices themselves; phase 2 the whole UNet at a
 
 from __future__ import annotations
 
-import logging
 import math
 from pathlib import Path
 
@@ -25,8 +24,6 @@ from .multiview import SCALARS, DenoiserObjective
 from .tiles import Frames, LatentDataset, preview_examples, to_pixels
 
 
-logger = logging.getLogger(__name__)
-
 DEFAULTS = {
     "base": None,  # folder or Hub id of a first stage
     "reference_sizes": None,  # [least, most] side of the input picture, drawn for each batch; the view's size otherwise
@@ -36,6 +33,7 @@ DEFAULTS = {
     "validation": None,
     "seed": 0,
 }
+ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_k", "attn2.to_v")
 PHASE = {
     "trainable": "all",  # or "attention": self-attention, and keys and values of cross-attention
     "lora_rank": None,  # train low-rank additions to these matrices instead of them
@@ -104,7 +102,6 @@ def select_trainable(unet: nn.Module, trainable: str, lora_rank: int | None, see
     """
     if trainable not in ("all", "attention"):
         raise InputError(f"trainable: got {trainable!r}, expected 'all' or 'attention'.")
-    attention = r".*(attn1\.(to_q|to_k|to_v|to_out\.0)|attn2\.(to_k|to_v))"
     if lora_rank is not None:
         if trainable != "attention":
             raise InputError("lora_rank: is for trainable 'attention'. Leave it out to train everything.")
@@ -115,13 +112,12 @@ def select_trainable(unet: nn.Module, trainable: str, lora_rank: int | None, see
         unet.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            unet.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=attention))
+            unet.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(ATTENTION)))
         return
     unet.requires_grad_(trainable == "all")
     if trainable == "attention":
-        chosen = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_k", "attn2.to_v")
         for name, module in unet.named_modules():
-            if name.endswith(chosen):
+            if name.endswith(ATTENTION):
                 module.requires_grad_(True)
 
 
@@ -139,7 +135,7 @@ class FinetuneDataset(LatentDataset):
         item = super().__getitem__(index)
         if self.prepared is not None:
             sample, frame = divmod(index, len(self.frames.views))
-            item["inputs"] = self.frames.pictures(self.prepared[sample])["inputs"][self.frames.inputs[frame]]
+            item["inputs"] = self.frames.input_pictures(self.prepared[sample], frame)
         return item
 
 

@@ -82,6 +82,14 @@ class Frames:
             pictures[key] = torch.cat([flat, flat.flip(-1)]) if self.rings else flat
         return pictures
 
+    def input_pictures(self, item: dict, frame: int) -> Tensor:
+        """`inputs [I, 4, S, S]` of one frame alone, see `pictures`."""
+        side = item["inputs"].shape[-2]
+        raw = item["inputs"].reshape(-1, side, side, 4)
+        index = self.inputs[frame]
+        flat = flatten(raw[index % len(raw)], self.size)
+        return flat.flip(-1) if index[0] >= len(raw) else flat
+
 
 class ImageDataset(Dataset):
     """All pictures of the prepared samples, in memory; see `Frames.pictures`. An item also has `object`, one number an object."""
@@ -139,9 +147,8 @@ class LatentDataset(Dataset):
             return pipeline.vae.encode(pixels).latent_dist
 
         total = (1 + config["recolored_copies"]) * len(images)
-        arrays: dict[
-            str, Tensor
-        ] = {}  # made whole at once: small ones kept between large ones leave gaps of memory unused
+        # Made whole at once: small ones that are kept between large ones leave gaps of memory unused.
+        arrays: dict[str, Tensor] = {}
 
         def put(name: str, number: int, value: Tensor) -> None:
             if name not in arrays:

@@ -225,14 +225,14 @@ def test_prepare_and_evaluate(place, capsys):
     shape("house").export(place / "meshes" / "house.glb")
     status, _, err = run("prepare meshes -o data --frames 1 --view-size 32 --resolution 16 --workers 1", capsys)
     assert (status, err) == (0, "")
-    assert (place / "data" / "house.0.npz").is_file()
+    assert (place / "data" / "house.0.zip").is_file()
     (place / "meshes" / "broken.glb").write_text("broken")
     status, _, err = run("prepare meshes -o data --frames 1 --view-size 32 --resolution 16 --workers 1", capsys)
     assert status == 2 and "broken" in err
     (place / "meshes" / "broken.glb").unlink()
     options = "--rings zero123plus-v1.2 --frames 1 --view-size 16 --workers 1"
     assert run(f"prepare meshes --shapes 1 -o rings {options}", capsys)[0] == 0
-    assert {path.name for path in (place / "rings").glob("*.npz")} == {"house.0.npz", "procedural_00000.0.npz"}
+    assert {path.name for path in (place / "rings").glob("*.zip")} == {"house.0.zip", "procedural_00000.0.zip"}
     status, _, err = run(f"prepare -o nothing {options}", capsys)
     assert status == 2 and "none given" in err and not (place / "nothing").exists()
     status, out, _ = run("evaluate --pred meshes --gt meshes -o report.json", capsys)

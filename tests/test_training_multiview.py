@@ -12,7 +12,8 @@ from PIL import Image
 from test_multiview_pipeline import COMPONENTS, SIZE
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from one2345pp.data.dataset import PreparedDataset
+from one2345pp.data import pack
+from one2345pp.data.dataset import FORMAT, PreparedDataset
 from one2345pp.data.prepare import make_ring
 from one2345pp.data.shapes import shape
 from one2345pp.errors import InputError
@@ -39,11 +40,11 @@ def data(tmp_path_factory) -> Path:
     """A prepared folder of three objects, random pictures of 24 pixels, six views of one rig."""
     folder = tmp_path_factory.mktemp("prepared")
     rng = np.random.default_rng(0)
-    meta = {"format": 1, "rigs": ["zero123plus-v1.2"], "inputs": 2, "tiers": {}, "truncation": 0.05}
+    meta = {"format": FORMAT, "rigs": ["zero123plus-v1.2"], "inputs": 2, "tiers": {}, "truncation": 0.05}
     (folder / "index.json").write_text(json.dumps(meta))
     for name in "abc":
         pictures = {key: rng.integers(0, 255, (n, 24, 24, 4), np.uint8) for key, n in (("views", 6), ("inputs", 2))}
-        np.savez(folder / f"{name}.0.npz", **pictures)
+        pack.write_sample(folder / f"{name}.0.zip", pictures)
     return folder
 
 
@@ -104,12 +105,14 @@ def test_tiles_of_training_are_the_tiles_of_the_pipeline():
     torch.testing.assert_close(MultiViewTilePipeline.split_views(tiles.to_tile(views)), views)
 
 
-def test_frames_of_a_ring_are_what_the_rig_sees(tmp_path):
+def test_frames_of_a_ring_are_what_the_rig_sees(tmp_path, monkeypatch):
     """Oracle: each of the twelve tiles drawn anew: the mesh, or its mirror image, before the rig turned to the frame's azimuth."""
     mesh = shape("mug")
     sample = make_ring(mesh, 40.0, np.random.default_rng(0), view_size=16)
-    np.savez(tmp_path / "mug.0.npz", **sample)
-    meta = {"rigs": ["zero123plus-v1.2"], "inputs": 2, "rings": True, "tiers": {}, "truncation": 0.05}
+    coded = pack._picture_bytes
+    monkeypatch.setattr(pack, "_picture_bytes", lambda pictures, lossless: coded(pictures, lossless=True))
+    pack.write_sample(tmp_path / "mug.0.zip", sample)
+    meta = {"format": FORMAT, "rigs": ["zero123plus-v1.2"], "inputs": 2, "rings": True, "tiers": {}, "truncation": 0.05}
     (tmp_path / "index.json").write_text(json.dumps(meta))
     prepared = PreparedDataset(tmp_path)
     frames = tiles.Frames(prepared, {"rig": "zero123plus-v1.2", "view_size": 16})

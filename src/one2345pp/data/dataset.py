@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from ..errors import InputError
+from .pack import read_sample
 
 
+FORMAT = 2  # of folders: samples are those of `data.pack`
 # 87% of the objects at hand are low-poly.
 TIER_WEIGHTS = {"scan": 4.0, "textured": 4.0, "lowpoly": 1.0, "procedural": 1.0}
 
@@ -37,7 +38,11 @@ class PreparedDataset(Dataset):
             raise InputError(
                 f"{path}: is not a prepared dataset (no index.json). Make one with: one2345pp prepare"
             ) from None
-        files = sorted(self.path.glob("*.npz"), key=lambda f: (int(f.name.split(".")[-2]), f.name))
+        if self.meta["format"] != FORMAT:
+            raise InputError(
+                f"{path}: has format {self.meta['format']}, this version reads {FORMAT}. Make it again: one2345pp prepare"
+            )
+        files = sorted(self.path.glob("*.zip"), key=lambda f: (int(f.name.split(".")[-2]), f.name))
         self.files = [f for f in files if names is None or f.name.rsplit(".", 2)[0] in names]
         if not self.files:
             raise InputError(f"{path}: holds no samples.")
@@ -55,8 +60,7 @@ class PreparedDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         file = self.files[index]
         name = file.name.rsplit(".", 2)[0]
-        with np.load(file) as data:
-            item = {key: torch.from_numpy(data[key]) for key in data.files}
+        item = {key: torch.from_numpy(array) for key, array in read_sample(file).items()}
         if "sdf" in item:
             item["coords"] = (item["sdf"].abs() < 127).nonzero()
         return {"name": name, "tier": self.meta["tiers"].get(name, "lowpoly"), **item}

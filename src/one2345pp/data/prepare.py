@@ -1,8 +1,9 @@
 """Meshes to training samples: for each object a few azimuth frames (views, input pictures, a volume) or rings (views alone).
 
-A frame is one file `NAME.FRAME.npz`, read by `data.dataset`. Everything in it is in the world of the frame's azimuth: the pictures
-that cameras see when that azimuth is the front, and the volume of the object turned likewise. A ring is six frames, 60 degrees apart,
-that share their views: a named rig's cameras stand 60 degrees apart at two elevations, so 12 views serve all six.
+A frame is one file `NAME.FRAME.zip`, written by `data.pack` and read by `data.dataset`. Everything in it is in the world of the
+frame's azimuth: the pictures that cameras see when that azimuth is the front, and the volume of the object turned likewise. A ring is
+six frames, 60 degrees apart, that share their views: a named rig's cameras stand 60 degrees apart at two elevations, so 12 views serve
+all six.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from ..geometry.mesh import load_mesh, normalize_to_sphere
 from ..geometry.render import render
 from ..geometry.volume import cell_centers
 from ..geometry.voxelize import SurfaceCloud
+from .dataset import FORMAT
+from .pack import write_sample
 from .shapes import random_shape
 
 
@@ -77,7 +80,13 @@ def prepare(
     output.mkdir(parents=True, exist_ok=True)
     tiers = {} if table is None else _read_tiers(table)
     rigs = RIGS if rings is None else (rings,)
-    meta = {"format": 1, "view_size": view_size, "resolution": resolution, "rigs": rigs, "inputs": INPUTS_PER_FRAME}
+    meta = {
+        "format": FORMAT,
+        "view_size": view_size,
+        "resolution": resolution,
+        "rigs": rigs,
+        "inputs": INPUTS_PER_FRAME,
+    }
     meta["rings"], meta["normals"] = rings is not None, normals
     meta["tiers"] = {Path(m).stem: tiers.get(Path(m).stem, "lowpoly") for m in meshes}
     names = [f"procedural_{number:05d}" for number in range(shapes)]
@@ -109,7 +118,7 @@ def _prepare_frame(job: tuple[Path | str, Path, int, int, dict]) -> str | None:
     """One file of `prepare`; a source that is no path is the name of a procedural object, which it decides."""
     source, output, frame, seed, spec = job
     name = source.stem if isinstance(source, Path) else source
-    target = output / f"{name}.{frame}.npz"
+    target = output / f"{name}.{frame}.zip"
     if target.exists():
         return None
     torch.set_num_threads(1)  # one process a core already
@@ -124,10 +133,7 @@ def _prepare_frame(job: tuple[Path | str, Path, int, int, dict]) -> str | None:
         sample = make(mesh, 0.0 if frame == 0 else rng.uniform(0, 360), rng, **spec)
     except InputError as error:
         return f"{name}: {error}"
-    partial = target.with_name(target.name + ".part")
-    with open(partial, "wb") as file:
-        np.savez_compressed(file, **sample)
-    partial.replace(target)
+    write_sample(target, sample)
     return None
 
 

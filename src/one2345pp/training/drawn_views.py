@@ -50,7 +50,7 @@ class DrawnViewsDataset(Dataset):
             self._draw(pipe, missing[first : first + BATCH], steps, generator)
 
     def _file(self, index: int) -> Path:
-        return self.folder / self.prepared.files[index].name
+        return self.folder / self.prepared.files[index].with_suffix(".npz").name
 
     def _draw(self, pipe: MultiViewTilePipeline, indices: list[int], steps: int, generator: torch.Generator) -> None:
         inputs = [self.prepared[index]["inputs"] for index in indices]

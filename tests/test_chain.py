@@ -170,6 +170,22 @@ def test_from_stages_shares_and_keeps_settings(tiny_chain, picture):
     assert One2345PlusPlusPipeline.from_stages(tiny_chain.multiview, tiny_chain.volume).config.texture_config
 
 
+def test_drawn_views_may_have_settings_of_their_own(tiny_chain, picture, tmp_path):
+    """Oracle: the volume of the same drawn views, less the level; what `volume` makes of given views stays. Both survive saving."""
+    level = {"surface_level": 0.1}
+    chain = One2345PlusPlusPipeline.from_stages(tiny_chain.multiview, tiny_chain.volume, drawn_volume_config=level)
+    chain.save_pretrained(tmp_path)
+    chain = One2345PlusPlusPipeline.from_pretrained(tmp_path)
+    chain.set_progress_bar_config(disable=True)
+    assert chain.volume.config.surface_level == 0 and chain.drawn_volume.config.surface_level == 0.1
+    plain = tiny_chain(picture, refine=False, generator=seeded()).volumes[0]
+    thick = chain(picture, refine=False, generator=seeded()).volumes[0]
+    cut = plain.truncation
+    torch.testing.assert_close(thick.sdf, (plain.sdf - 0.1 * cut).clamp(-cut, cut))
+    with pytest.raises(InputError, match=r"drawn_volume_config: got \['level'\]"):
+        One2345PlusPlusPipeline.from_stages(chain.multiview, chain.volume, drawn_volume_config={"level": 1})
+
+
 def test_stages_save_and_load_alone(tiny_chain, tmp_path):
     """Each stage is a pipeline of its own on disk, also the one without components and with absent optional ones."""
     bare = SparseVolumeDiffusionPipeline(

@@ -123,7 +123,9 @@ def build_parser() -> OneLineParser:
     join.add_argument("--occupancy", type=Path, required=True, metavar="DIR", help="output of train occupancy")
     join.add_argument("--sparse", type=Path, required=True, metavar="DIR", help="output of train sparse")
     join.add_argument("--fine", type=Path, metavar="DIR", help="output of train sparse at twice the resolution")
-    join.add_argument("--config", type=Path, metavar="JSON", help="arguments of the stages: volume, texture")
+    join.add_argument(
+        "--config", type=Path, metavar="JSON", help="arguments of the stages: volume, drawn_volume, texture"
+    )
     join.add_argument("--card", type=Path, metavar="MD", help="model card")
     join.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     _add_first_stages(kinds)

@@ -32,6 +32,7 @@ def assemble(
     *,
     fine: Path | None = None,
     volume: dict | None = None,
+    drawn_volume: dict | None = None,
     texture: dict | None = None,
     sign_step_threshold: float | None = None,
     card: Path | None = None,
@@ -46,6 +47,7 @@ def assemble(
         output: Folder to write; replaced when it is whole.
         fine: Output of another `train sparse` at twice the resolution, for the volume stage's third network.
         volume: Scalar arguments of `SparseVolumeDiffusionPipeline`, such as its default steps.
+        drawn_volume: Those that are others for views that the first stage drew.
         texture: Scalar arguments of `TextureRefinementPipeline`.
         sign_step_threshold: Of the occupancy scheduler; LAS-Diffusion has 0.7, the small checkpoint does better without on `val`.
         card: Model card, copied as `README.md`.
@@ -69,7 +71,8 @@ def assemble(
         fine_unet=None if fine is None else SparseUNet3DModel.from_pretrained(Path(fine) / "sparse_unet"),
         **{"truncation": TRUNCATION_CELLS / sparse_unet.config.sample_size, **(volume or {})},
     )
-    chain = One2345PlusPlusPipeline.from_stages(first, second, TextureRefinementPipeline(**(texture or {})))
+    third = TextureRefinementPipeline(**(texture or {}))
+    chain = One2345PlusPlusPipeline.from_stages(first, second, third, drawn_volume_config=drawn_volume)
     chain.to(dtype=dtype)
     output = Path(output)
     partial = output.with_name(output.name + ".part")

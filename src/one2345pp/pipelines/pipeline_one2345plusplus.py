@@ -73,6 +73,8 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         patch_encoder (*optional*): Image features for the volume stage, if its weights were trained with them.
         fine_condition ([`ConditionEncoder`], *optional*), fine_unet ([`SparseUNet3DModel`], *optional*): Its third network.
         multiview_config, volume_config, texture_config (`dict`, *optional*): The scalar arguments of the stages.
+        drawn_volume_config (`dict`, *optional*): Those of the volume stage that are others when its views are drawn and not given:
+            views that do not quite agree may need a thicker surface or a wider support.
     """
 
     model_cpu_offload_seq = (
@@ -104,6 +106,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         multiview_config: dict | None = None,
         volume_config: dict | None = None,
         texture_config: dict | None = None,
+        drawn_volume_config: dict | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -130,6 +133,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             multiview_config=dict(multiview_config or {}),
             volume_config=dict(volume_config or {}),
             texture_config=dict(texture_config or {}),
+            drawn_volume_config=dict(drawn_volume_config or {}),
         )
 
     # --- stages -------------------------------------------------------------------------------------------------
@@ -140,9 +144,15 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         multiview: MultiViewTilePipeline,
         volume: SparseVolumeDiffusionPipeline,
         texture: TextureRefinementPipeline | None = None,
+        drawn_volume_config: dict | None = None,
     ) -> One2345PlusPlusPipeline:
         """A chain that shares the components of its stages. Both image stages use the vision encoder of `multiview`."""
         texture = TextureRefinementPipeline() if texture is None else texture
+        if unknown := set(drawn_volume_config or {}) - set(_scalars(volume)):
+            known = ", ".join(sorted(_scalars(volume)))
+            raise InputError(
+                f"drawn_volume_config: got {sorted(unknown)}, expected settings of the volume stage: {known}."
+            )
         components = {name: getattr(volume, name) for name in VOLUME_COMPONENTS}
         components |= {name: getattr(multiview, name) for name in MULTIVIEW_COMPONENTS}
         return cls(
@@ -150,6 +160,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             multiview_config=_scalars(multiview),
             volume_config=_scalars(volume),
             texture_config=_scalars(texture),
+            drawn_volume_config=drawn_volume_config,
         )
 
     @property
@@ -161,6 +172,12 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
     def volume(self) -> SparseVolumeDiffusionPipeline:
         """Stage 2, views to volume and mesh, on the current components."""
         return self._stage(SparseVolumeDiffusionPipeline, VOLUME_COMPONENTS, self.config.volume_config)
+
+    @property
+    def drawn_volume(self) -> SparseVolumeDiffusionPipeline:
+        """Stage 2 with the settings for views that stage 1 drew."""
+        scalars = {**self.config.volume_config, **self.config.drawn_volume_config}
+        return self._stage(SparseVolumeDiffusionPipeline, VOLUME_COMPONENTS, scalars)
 
     @property
     def texture(self) -> TextureRefinementPipeline:
@@ -316,7 +333,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
 
         # 4. Volume and mesh
         shown = [self.add_picture(picture, six, rig, elevation) for picture, six in zip(images, views, strict=True)]
-        volume = self.volume
+        volume = self.drawn_volume
         solids = [
             volume(
                 pictures,

@@ -18,11 +18,13 @@ from one2345pp import (
 )
 from one2345pp.data.shapes import shape
 from one2345pp.geometry.extract import finish_mesh
+from one2345pp.geometry.framing import frame_object
 from one2345pp.geometry.picture_fit import fit_picture, stretch
 from one2345pp.geometry.placement import place_picture
 from one2345pp.geometry.render import render
 from one2345pp.geometry.repair import is_solid
 from one2345pp.pipelines.pipeline_one2345plusplus import MULTIVIEW_COMPONENTS, VOLUME_COMPONENTS
+from one2345pp.pipelines.pipeline_output import SparseVolumePipelineOutput
 
 
 @pytest.fixture(scope="module")
@@ -173,17 +175,64 @@ def test_from_stages_shares_and_keeps_settings(tiny_chain, picture):
 def test_drawn_views_may_have_settings_of_their_own(tiny_chain, picture, tmp_path):
     """Oracle: the volume of the same drawn views, less the level; what `volume` makes of given views stays. Both survive saving."""
     level = {"surface_level": 0.1}
-    chain = One2345PlusPlusPipeline.from_stages(tiny_chain.multiview, tiny_chain.volume, drawn_volume_config=level)
+    chain = One2345PlusPlusPipeline.from_stages(
+        tiny_chain.multiview, tiny_chain.volume, drawn_volume_config=level, default_num_candidates=2
+    )
     chain.save_pretrained(tmp_path)
     chain = One2345PlusPlusPipeline.from_pretrained(tmp_path)
     chain.set_progress_bar_config(disable=True)
+    assert chain.config.default_num_candidates == 2
     assert chain.volume.config.surface_level == 0 and chain.drawn_volume.config.surface_level == 0.1
     plain = tiny_chain(picture, refine=False, generator=seeded()).volumes[0]
-    thick = chain(picture, refine=False, generator=seeded()).volumes[0]
+    thick = chain(picture, num_candidates=1, refine=False, generator=seeded()).volumes[0]
     cut = plain.truncation
     torch.testing.assert_close(thick.sdf, (plain.sdf - 0.1 * cut).clamp(-cut, cut))
     with pytest.raises(InputError, match=r"drawn_volume_config: got \['level'\]"):
         One2345PlusPlusPipeline.from_stages(chain.multiview, chain.volume, drawn_volume_config={"level": 1})
+
+
+def test_candidates_are_the_stages_called_again(tiny_chain, picture, monkeypatch):
+    """Oracle: the stages called by hand, all views before all volumes; the second candidate is kept, whatever it looks like."""
+    generator, framed = seeded(3), tiny_chain.prepare_image(picture)
+    views = [tiny_chain.multiview(framed, generator=generator, transparent=True).views[0] for _ in range(3)]
+    solids = [tiny_chain.volume(six, image=framed, generator=generator) for six in views]
+    assert not torch.equal(solids[0].volumes[0].sdf, solids[1].volumes[0].sdf)
+    choose = One2345PlusPlusPipeline.best_candidates
+
+    def second(self, solids, images, elevation):
+        assert len(solids) == 3
+        return [1], choose(self, solids[1:2], images, elevation)[1]
+
+    monkeypatch.setattr(One2345PlusPlusPipeline, "best_candidates", second)
+    out = tiny_chain(picture, num_candidates=3, refine=False, generator=seeded(3))
+    assert len(out.meshes) == len(out.views) == len(out.volumes) == 1
+    assert out.coarse_meshes[0].vertices.tobytes() == solids[1].meshes[0].vertices.tobytes()
+    assert torch.equal(out.volumes[0].sdf, solids[1].volumes[0].sdf)
+    assert np.array_equal(np.asarray(out.views[0][2]), np.asarray(views[1][2]))
+
+
+def test_the_candidate_most_like_the_picture_is_kept(tiny_chain):
+    """Oracle: pictures of a chair and of a mug are most like the chair and the mug, wherever they stand among the candidates."""
+    meshes = [shape(name) for name in ("mug", "chair", "house")]
+    solids = [SparseVolumePipelineOutput([None], [mesh]) for mesh in meshes]
+    camera = CameraRig.from_angles([0], 15, 0.7, 1.6)
+    chair, mug = (frame_object(Image.fromarray(render(meshes[k], camera, 64)[0])) for k in (1, 0))
+    for elevation in (None, 15.0):
+        kept, fits = tiny_chain.best_candidates([*solids, *solids[::-1]], [chair, mug], elevation)
+        assert kept == [1, 5]
+        assert min(fit.likeness for fit in fits) > 0.8
+        assert all(fit_picture(mesh, chair, elevation).likeness < fits[0].likeness for mesh in (meshes[0], meshes[2]))
+
+
+def test_a_candidate_without_a_surface_does_not_stop_the_others(tiny_chain, picture):
+    framed = tiny_chain.prepare_image(picture)
+    solid = tiny_chain(picture, refine=False, generator=seeded())
+    error = InputError("views: no surface was found in sample 0.")
+    assert tiny_chain.best_candidates([error, solid], [framed], None)[0] == [1]
+    with pytest.raises(InputError, match="no surface"):
+        tiny_chain.best_candidates([solid, solid, error, error], [framed, framed], None)
+    with pytest.raises(InputError, match="num_candidates: got 0, expected at least 1"):
+        tiny_chain(picture, num_candidates=0)
 
 
 def test_stages_save_and_load_alone(tiny_chain, tmp_path):

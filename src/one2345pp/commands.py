@@ -65,6 +65,7 @@ def generate(args: argparse.Namespace) -> int:
             num_occupancy_steps=args.occupancy_steps,
             num_sparse_steps=args.sparse_steps,
             num_texture_steps=args.texture_steps,
+            num_candidates=args.candidates,
             texture_size=args.texture_size,
             max_faces=args.faces,
             watertight=args.watertight,

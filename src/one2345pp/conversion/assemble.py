@@ -34,6 +34,7 @@ def assemble(
     volume: dict | None = None,
     drawn_volume: dict | None = None,
     texture: dict | None = None,
+    candidates: int = 1,
     sign_step_threshold: float | None = None,
     card: Path | None = None,
     dtype: torch.dtype = torch.float16,
@@ -49,6 +50,7 @@ def assemble(
         volume: Scalar arguments of `SparseVolumeDiffusionPipeline`, such as its default steps.
         drawn_volume: Those that are others for views that the first stage drew.
         texture: Scalar arguments of `TextureRefinementPipeline`.
+        candidates: `default_num_candidates` of the chain.
         sign_step_threshold: Of the occupancy scheduler; LAS-Diffusion has 0.7, the small checkpoint does better without on `val`.
         card: Model card, copied as `README.md`.
         dtype: Of the weights on disk.
@@ -72,7 +74,9 @@ def assemble(
         **{"truncation": TRUNCATION_CELLS / sparse_unet.config.sample_size, **(volume or {})},
     )
     third = TextureRefinementPipeline(**(texture or {}))
-    chain = One2345PlusPlusPipeline.from_stages(first, second, third, drawn_volume_config=drawn_volume)
+    chain = One2345PlusPlusPipeline.from_stages(
+        first, second, third, drawn_volume_config=drawn_volume, default_num_candidates=candidates
+    )
     chain.to(dtype=dtype)
     output = Path(output)
     partial = output.with_name(output.name + ".part")

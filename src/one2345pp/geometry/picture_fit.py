@@ -35,12 +35,14 @@ class PictureFit:
         elevation: Degrees above the horizon from which the picture looks.
         view: The picture as `camera` sees the mesh as it is, before it is stretched: `RGBA`, the object's box on the mesh's.
         camera: A rig of one.
+        likeness: Intersection over union of the mesh's outline and the picture's, each as large as its frame, 0 to 1.
     """
 
     factors: np.ndarray
     elevation: float
     view: Image.Image
     camera: CameraRig
+    likeness: float
 
 
 def fit_picture(
@@ -72,19 +74,21 @@ def fit_picture(
     box = object_box(own)
     masks = _outlines(mesh, _cameras(elevations), SIZE)  # [E, SIZE, SIZE]
     doubts = DOUBT * np.abs(np.array(elevations) - USUAL)
-    best = elevations[int(np.argmax([_likeness(mask, own) for mask in masks] - doubts))]
+    figures = np.array([_likeness(mask, own) for mask in masks])  # [E, 2]
+    chosen = int(np.argmax(figures @ [1, 0.3] - doubts))
+    best, likeness = elevations[chosen], float(figures[chosen, 1])
 
     camera = _cameras([best])
     front = _outlines(mesh, camera, view_size)[0]
     if not front.any():  # thinner than a pixel
-        return PictureFit(np.ones(3), best, Image.new("RGBA", (view_size, view_size)), camera)
+        return PictureFit(np.ones(3), best, Image.new("RGBA", (view_size, view_size)), camera, 0.0)
     left, top, right, bottom = object_box(front)
     wide, high = right - left, bottom - top
     ratio = (box[2] - box[0]) / (box[3] - box[1]) * high / wide
     factor = 1.0 if elevation is None else min(max(math.sqrt(ratio), 1 / limit), limit)
     view = Image.new("RGBa", (view_size, view_size))  # premultiplied, so that transparent colours do not bleed
     view.paste(picture.convert("RGBa").resize((wide, high), Image.Resampling.BICUBIC, box=box), (left, top))
-    return PictureFit(np.array([factor, 1 / factor, 1.0]), best, view.convert("RGBA"), camera)
+    return PictureFit(np.array([factor, 1 / factor, 1.0]), best, view.convert("RGBA"), camera, likeness)
 
 
 def stretch(mesh: trimesh.Trimesh, factors: np.ndarray) -> trimesh.Trimesh:
@@ -102,16 +106,13 @@ def _outlines(mesh: trimesh.Trimesh, cameras: CameraRig, size: int) -> np.ndarra
     return np.asarray(rasterize(mesh, cameras, size).mask) >= 0.5
 
 
-def _likeness(a: np.ndarray, b: np.ndarray) -> float:
-    """Overlap of two silhouettes, each stretched to a square, which says how they look but for their proportions; and a little of
-    what it is with them, for outlines such as a box's that say nothing."""
+def _likeness(a: np.ndarray, b: np.ndarray) -> list[float]:
+    """Overlap of two silhouettes, each stretched to a square, which says how they look but for their proportions; and with them. An
+    elevation is known by the former, and a little by the latter, for outlines such as a box's that say nothing."""
     if not a.any() or not b.any():
-        return 0.0
-    figures = []
-    for square in (True, False):
-        first, second = (_framed(mask, square) for mask in (a, b))
-        figures.append((first & second).sum() / (first | second).sum())
-    return figures[0] + 0.3 * figures[1]
+        return [0.0, 0.0]
+    pairs = [[_framed(mask, square) for mask in (a, b)] for square in (True, False)]
+    return [float((first & second).sum() / (first | second).sum()) for first, second in pairs]
 
 
 def _framed(mask: np.ndarray, square: bool) -> np.ndarray:

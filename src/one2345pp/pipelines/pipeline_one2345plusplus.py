@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..geometry.cameras import CameraRig
 from ..geometry.extract import finish_mesh
 from ..geometry.framing import frame_object
-from ..geometry.picture_fit import fit_picture, stretch
+from ..geometry.picture_fit import PictureFit, fit_picture, stretch
 from ..geometry.placement import place_picture
 from ..models.condition_encoder import ConditionEncoder
 from ..models.unet_occupancy import OccupancyUNet3DModel
@@ -75,6 +75,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         multiview_config, volume_config, texture_config (`dict`, *optional*): The scalar arguments of the stages.
         drawn_volume_config (`dict`, *optional*): Those of the volume stage that are others when its views are drawn and not given:
             views that do not quite agree may need a thicker surface or a wider support.
+        default_num_candidates (`int`): Candidates of a call that does not say.
     """
 
     model_cpu_offload_seq = (
@@ -107,6 +108,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         volume_config: dict | None = None,
         texture_config: dict | None = None,
         drawn_volume_config: dict | None = None,
+        default_num_candidates: int = 1,
     ):
         super().__init__()
         self.register_modules(
@@ -134,6 +136,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             volume_config=dict(volume_config or {}),
             texture_config=dict(texture_config or {}),
             drawn_volume_config=dict(drawn_volume_config or {}),
+            default_num_candidates=default_num_candidates,
         )
 
     # --- stages -------------------------------------------------------------------------------------------------
@@ -145,6 +148,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         volume: SparseVolumeDiffusionPipeline,
         texture: TextureRefinementPipeline | None = None,
         drawn_volume_config: dict | None = None,
+        default_num_candidates: int = 1,
     ) -> One2345PlusPlusPipeline:
         """A chain that shares the components of its stages. Both image stages use the vision encoder of `multiview`."""
         texture = TextureRefinementPipeline() if texture is None else texture
@@ -161,6 +165,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             volume_config=_scalars(volume),
             texture_config=_scalars(texture),
             drawn_volume_config=drawn_volume_config,
+            default_num_candidates=default_num_candidates,
         )
 
     @property
@@ -237,6 +242,31 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         placed, camera = place_picture(picture, masks, rig, elevation)
         return [*views, placed], CameraRig.cat([rig, camera])
 
+    def best_candidates(
+        self, solids: list, images: list[Image.Image], elevation: float | None
+    ) -> tuple[list[int], list[PictureFit]]:
+        """For each picture the index of its candidate whose outline is most like it, and how the picture looks at that one.
+
+        Args:
+            solids: What the volume stage made of each picture's candidates, one picture after another; or the `InputError` that it
+                raised, which is raised again if a picture has nothing else.
+            images: The pictures.
+            elevation: Degrees, if known.
+        """
+        count = len(solids) // len(images)
+        kept, fits = [], []
+        for first, picture in zip(range(0, len(solids), count), images, strict=True):
+            found = {
+                index: fit_picture(solids[index].meshes[0], picture, elevation)
+                for index in range(first, first + count)
+                if not isinstance(solids[index], InputError)
+            }
+            if not found:
+                raise solids[first]
+            kept.append(max(found, key=lambda index: found[index].likeness))
+            fits.append(found[kept[-1]])
+        return kept, fits
+
     @torch.no_grad()
     def __call__(
         self,
@@ -248,6 +278,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         num_occupancy_steps: int | None = None,
         num_sparse_steps: int | None = None,
         num_texture_steps: int | None = None,
+        num_candidates: int | None = None,
         texture_size: int | None = None,
         max_faces: int | None = None,
         watertight: bool = False,
@@ -269,6 +300,8 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             text_to_image ([`DiffusionPipeline`], *optional*): Any text-to-image pipeline of diffusers.
             num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*): Of the views.
             num_occupancy_steps, num_sparse_steps (`int`, *optional*): Of the two volume diffusions.
+            num_candidates (`int`, *optional*): So many times views are drawn and reconstructed; what is returned is of the mesh whose
+                outline, from the front, is most like the picture's.
             num_texture_steps, texture_size (`int`, *optional*): Of the texture refinement; the size is in pixels.
             max_faces (`int`, *optional*): Most triangles of a mesh.
             watertight (`bool`, defaults to `False`): Make solids for printing, see `geometry.extract.solidify`.
@@ -293,6 +326,8 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             InputError: If the arguments or a picture cannot be used.
         """
         # 1. Check inputs
+        if num_candidates is None:
+            num_candidates = self.config.default_num_candidates
         number = self.check_inputs(
             image,
             prompt,
@@ -303,6 +338,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             num_occupancy_steps=num_occupancy_steps,
             num_sparse_steps=num_sparse_steps,
             num_texture_steps=num_texture_steps,
+            num_candidates=num_candidates,
             texture_size=texture_size,
             max_faces=max_faces,
         )
@@ -314,8 +350,9 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             image = [self.draw_prompt(text, text_to_image, one) for text, one in drawn]
         images = [self.prepare_image(one, background) for one in _as_list(image)]
 
-        # 3. Draw six views, cut out of their grey
+        # 3. Draw six views of each candidate, cut out of their grey
         multiview, rig = self.multiview, self.rig
+        tries = [pair for pair in zip(images, generators, strict=True) for _ in range(num_candidates)]
         views = [
             multiview(
                 picture,
@@ -328,29 +365,32 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
                 cross_attention_kwargs=cross_attention_kwargs,
                 transparent=True,
             ).views[0]
-            for picture, one in zip(images, generators, strict=True)
+            for picture, one in tries
         ]
 
-        # 4. Volume and mesh
-        shown = [self.add_picture(picture, six, rig, elevation) for picture, six in zip(images, views, strict=True)]
-        volume = self.drawn_volume
-        solids = [
-            volume(
-                pictures,
-                cameras=cameras,
-                image=picture,
-                num_occupancy_steps=num_occupancy_steps,
-                num_sparse_steps=num_sparse_steps,
-                generator=one,
-                callback_on_step_end=callback_on_step_end,
-            )
-            for (pictures, cameras), picture, one in zip(shown, images, generators, strict=True)
-        ]
+        # 4. Volume and mesh of each; one that fails does not stop the others
+        volume, solids = self.drawn_volume, []
+        for (picture, one), six in zip(tries, views, strict=True):
+            pictures, cameras = self.add_picture(picture, six, rig, elevation)
+            try:
+                solid = volume(
+                    pictures,
+                    cameras=cameras,
+                    image=picture,
+                    num_occupancy_steps=num_occupancy_steps,
+                    num_sparse_steps=num_sparse_steps,
+                    generator=one,
+                    callback_on_step_end=callback_on_step_end,
+                )
+            except InputError as error:
+                solid = error
+            solids.append(solid)
+
+        # 5. Find how the picture looks at each mesh, and keep the mesh that looks most like it
+        kept, fits = self.best_candidates(solids, images, elevation)
+        views, solids = [views[index] for index in kept], [solids[index] for index in kept]
         volumes = [solid.volumes[0] for solid in solids]
         coarse_meshes = [solid.meshes[0] for solid in solids]
-
-        # 5. Find how the picture looks at the mesh
-        fits = [fit_picture(mesh, picture, elevation) for mesh, picture in zip(coarse_meshes, images, strict=True)]
 
         # 6. Refine the texture; the picture is one more view, and the only one that is not a guess
         if refine:

@@ -199,9 +199,9 @@ def test_candidates_are_the_stages_called_again(tiny_chain, picture, monkeypatch
     assert not torch.equal(solids[0].volumes[0].sdf, solids[1].volumes[0].sdf)
     choose = One2345PlusPlusPipeline.best_candidates
 
-    def second(self, solids, images, elevation):
-        assert len(solids) == 3
-        return [1], choose(self, solids[1:2], images, elevation)[1]
+    def second(self, solids, views, images, elevation):
+        assert len(solids) == len(views) == 3
+        return [1], choose(self, solids[1:2], views[1:2], images, elevation)[1]
 
     monkeypatch.setattr(One2345PlusPlusPipeline, "best_candidates", second)
     out = tiny_chain(picture, num_candidates=3, refine=False, generator=seeded(3))
@@ -211,26 +211,32 @@ def test_candidates_are_the_stages_called_again(tiny_chain, picture, monkeypatch
     assert np.array_equal(np.asarray(out.views[0][2]), np.asarray(views[1][2]))
 
 
-def test_the_candidate_most_like_the_picture_is_kept(tiny_chain):
-    """Oracle: pictures of a chair and of a mug are most like the chair and the mug, wherever they stand among the candidates."""
-    meshes = [shape(name) for name in ("mug", "chair", "house")]
-    solids = [SparseVolumePipelineOutput([None], [mesh]) for mesh in meshes]
+def views_of(mesh) -> list[Image.Image]:
+    return [Image.fromarray(view) for view in render(mesh, CameraRig.named("zero123plus-v1.2"), 48)]
+
+
+def test_the_candidate_that_agrees_with_its_pictures_is_kept(tiny_chain):
+    """Oracle: of meshes and views of a mug and a house, those that fit each other; of two that do, the one that the picture shows."""
+    mug, house = shape("mug"), shape("house")
     camera = CameraRig.from_angles([0], 15, 0.7, 1.6)
-    chair, mug = (frame_object(Image.fromarray(render(meshes[k], camera, 64)[0])) for k in (1, 0))
+    pictures = [frame_object(Image.fromarray(render(mesh, camera, 64)[0])) for mesh in (mug, house)]
+    pairs = [(mug, house), (mug, mug), (house, mug), (house, house)]  # what is there, and what its views show
+    solids = [SparseVolumePipelineOutput([None], [mesh]) for mesh, _ in pairs]
+    views = [views_of(shown) for _, shown in pairs]
     for elevation in (None, 15.0):
-        kept, fits = tiny_chain.best_candidates([*solids, *solids[::-1]], [chair, mug], elevation)
-        assert kept == [1, 5]
-        assert min(fit.likeness for fit in fits) > 0.8
-        assert all(fit_picture(mesh, chair, elevation).likeness < fits[0].likeness for mesh in (meshes[0], meshes[2]))
+        kept, fits = tiny_chain.best_candidates(solids * 2, views * 2, pictures, elevation)
+        assert kept == [1, 4 + 3]
+        assert min(fit.likeness for fit in fits) > 0.85
+        assert fit_picture(house, pictures[0], elevation).likeness < fits[0].likeness
 
 
 def test_a_candidate_without_a_surface_does_not_stop_the_others(tiny_chain, picture):
-    framed = tiny_chain.prepare_image(picture)
+    framed, views = tiny_chain.prepare_image(picture), views_of(shape("mug"))
     solid = tiny_chain(picture, refine=False, generator=seeded())
     error = InputError("views: no surface was found in sample 0.")
-    assert tiny_chain.best_candidates([error, solid], [framed], None)[0] == [1]
+    assert tiny_chain.best_candidates([error, solid], [views] * 2, [framed], None)[0] == [1]
     with pytest.raises(InputError, match="no surface"):
-        tiny_chain.best_candidates([solid, solid, error, error], [framed, framed], None)
+        tiny_chain.best_candidates([solid, solid, error, error], [views] * 4, [framed, framed], None)
     with pytest.raises(InputError, match="num_candidates: got 0, expected at least 1"):
         tiny_chain(picture, num_candidates=0)
 

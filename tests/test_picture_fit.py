@@ -12,7 +12,7 @@ from one2345pp.errors import InputError
 from one2345pp.geometry.cameras import CameraRig
 from one2345pp.geometry.export import export_mesh
 from one2345pp.geometry.mesh import load_mesh
-from one2345pp.geometry.picture_fit import ELEVATIONS, fit_picture, stretch
+from one2345pp.geometry.picture_fit import ELEVATIONS, fit_picture, outline_overlap, stretch
 from one2345pp.geometry.render import render
 
 
@@ -87,3 +87,19 @@ def test_a_mesh_that_cannot_be_seen_stays_as_it_is():
     plate = trimesh.Trimesh([[0, -0.4, -0.4], [0, 0.4, -0.4], [0, 0, 0.4]], [[0, 1, 2]], process=False)
     fit = fit_picture(plate, photograph(shape("mug"), 10.0))
     assert fit.factors.tolist() == [1, 1, 1] and np.asarray(fit.view).max() == 0
+
+
+def test_outlines_overlap_as_their_areas_say():
+    """Oracle: a box half as wide covers half of what the whole one does, seen flat from the front; and nothing agrees with nothing."""
+    whole = trimesh.creation.box(extents=(0.6, 0.4, 0.001))
+    half = trimesh.creation.box(extents=(0.3, 0.4, 0.001))
+    rig = CameraRig.from_angles([0.0, 180.0], 0.0, 0.3, 4.0)
+    views = [Image.fromarray(view) for view in render(whole, rig, 96)]
+    assert outline_overlap(whole, views, rig) == pytest.approx([1, 1], abs=0.02)
+    assert outline_overlap(half, views, rig) == pytest.approx([0.5, 0.5], abs=0.03)
+    away = trimesh.creation.box(
+        extents=(0.1, 0.1, 0.1), transform=trimesh.transformations.translation_matrix([0, 9, 0])
+    )
+    empty = [Image.new("RGBA", (32, 32))] * 2
+    assert outline_overlap(away, empty, rig).tolist() == [1, 1]
+    assert outline_overlap(whole, empty, rig).tolist() == [0, 0]

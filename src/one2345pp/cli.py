@@ -65,7 +65,9 @@ def build_parser() -> OneLineParser:
     generate.add_argument("--elevation", type=float, metavar="DEG", help=text)
     generate.add_argument("--background", choices=BACKGROUNDS, default="auto", help="how the object is cut out")
     generate.add_argument("--steps", type=positive, metavar="N", help="denoising steps of the six views")
-    text = "draw and reconstruct the object so many times, and keep the mesh whose outline fits the image best"
+    text = (
+        "draw and reconstruct the object so many times, and keep the mesh that agrees best with its views and the image"
+    )
     generate.add_argument("--candidates", type=positive, metavar="N", help=text)
     _add_sampling(generate)
     _add_mesh(generate)

@@ -91,6 +91,18 @@ def fit_picture(
     return PictureFit(np.array([factor, 1 / factor, 1.0]), best, view.convert("RGBA"), camera, likeness)
 
 
+def outline_overlap(
+    mesh: trimesh.Trimesh,
+    views: list[Image.Image],
+    rig: CameraRig,
+) -> np.ndarray:  # [V]
+    """Intersection over union of the mesh's outline and the mask of each view, `RGBA` of one size, as the rig's cameras see it."""
+    masks = np.stack([np.asarray(view.getchannel("A")) >= 128 for view in views])
+    own = _outlines(mesh, rig, masks.shape[-1])
+    union = (own | masks).sum((1, 2))
+    return np.where(union > 0, (own & masks).sum((1, 2)) / np.maximum(union, 1), 1.0)
+
+
 def stretch(mesh: trimesh.Trimesh, factors: np.ndarray) -> trimesh.Trimesh:
     """A copy of the mesh, stretched about the middle of its box; texture and colours stay."""
     stretched, middle = mesh.copy(), mesh.bounds.mean(0)

@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..geometry.cameras import CameraRig
 from ..geometry.extract import finish_mesh
 from ..geometry.framing import frame_object
-from ..geometry.picture_fit import PictureFit, fit_picture, stretch
+from ..geometry.picture_fit import PictureFit, fit_picture, outline_overlap, stretch
 from ..geometry.placement import place_picture
 from ..models.condition_encoder import ConditionEncoder
 from ..models.unet_occupancy import OccupancyUNet3DModel
@@ -243,27 +243,39 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         return [*views, placed], CameraRig.cat([rig, camera])
 
     def best_candidates(
-        self, solids: list, images: list[Image.Image], elevation: float | None
+        self,
+        solids: list,  # [B N]
+        views: list[list[Image.Image]],  # [B N][V]
+        images: list[Image.Image],  # [B]
+        elevation: float | None,
     ) -> tuple[list[int], list[PictureFit]]:
-        """For each picture the index of its candidate whose outline is most like it, and how the picture looks at that one.
+        """For each picture the index of its best candidate, and how the picture looks at that one.
+
+        A mesh is as good as its outlines agree with the views that it was made from, and its front with the picture: the mean of
+        their intersections over union. Views that do not fit each other leave no mesh that fits them all.
 
         Args:
             solids: What the volume stage made of each picture's candidates, one picture after another; or the `InputError` that it
                 raised, which is raised again if a picture has nothing else.
+            views: What it made them from.
             images: The pictures.
             elevation: Degrees, if known.
         """
-        count = len(solids) // len(images)
+        count, rig = len(solids) // len(images), self.rig
         kept, fits = [], []
         for first, picture in zip(range(0, len(solids), count), images, strict=True):
-            found = {
-                index: fit_picture(solids[index].meshes[0], picture, elevation)
-                for index in range(first, first + count)
-                if not isinstance(solids[index], InputError)
-            }
+            found: dict[int, PictureFit] = {}
+            scores: dict[int, float] = {}
+            for index in range(first, first + count):
+                if isinstance(solids[index], InputError):
+                    continue
+                mesh = solids[index].meshes[0]
+                found[index] = fit_picture(mesh, picture, elevation)
+                overlaps = outline_overlap(mesh, views[index], rig)
+                scores[index] = float(np.mean([*overlaps, found[index].likeness]))
             if not found:
                 raise solids[first]
-            kept.append(max(found, key=lambda index: found[index].likeness))
+            kept.append(max(scores, key=scores.get))
             fits.append(found[kept[-1]])
         return kept, fits
 
@@ -301,7 +313,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*): Of the views.
             num_occupancy_steps, num_sparse_steps (`int`, *optional*): Of the two volume diffusions.
             num_candidates (`int`, *optional*): So many times views are drawn and reconstructed; what is returned is of the mesh whose
-                outline, from the front, is most like the picture's.
+                outlines agree best with its views and the picture, see `best_candidates`.
             num_texture_steps, texture_size (`int`, *optional*): Of the texture refinement; the size is in pixels.
             max_faces (`int`, *optional*): Most triangles of a mesh.
             watertight (`bool`, defaults to `False`): Make solids for printing, see `geometry.extract.solidify`.
@@ -386,8 +398,8 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
                 solid = error
             solids.append(solid)
 
-        # 5. Find how the picture looks at each mesh, and keep the mesh that looks most like it
-        kept, fits = self.best_candidates(solids, images, elevation)
+        # 5. Find how the picture looks at each mesh, and keep the mesh that agrees best with all its pictures
+        kept, fits = self.best_candidates(solids, views, images, elevation)
         views, solids = [views[index] for index in kept], [solids[index] for index in kept]
         volumes = [solid.volumes[0] for solid in solids]
         coarse_meshes = [solid.meshes[0] for solid in solids]

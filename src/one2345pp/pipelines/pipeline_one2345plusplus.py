@@ -17,11 +17,12 @@ from ..errors import InputError
 from ..geometry.cameras import CameraRig
 from ..geometry.extract import finish_mesh
 from ..geometry.framing import frame_object
-from ..geometry.picture_fit import PictureFit, fit_picture, outline_overlap, stretch
+from ..geometry.picture_fit import stretch
 from ..geometry.placement import place_picture
 from ..models.condition_encoder import ConditionEncoder
 from ..models.unet_occupancy import OccupancyUNet3DModel
 from ..models.unet_sparse import SparseUNet3DModel
+from .candidates import best_candidates
 from .hub import SelfContainedMixin
 from .pipeline_multiview_tile import MultiViewTilePipeline
 from .pipeline_output import One2345PlusPlusPipelineOutput
@@ -242,43 +243,6 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         placed, camera = place_picture(picture, masks, rig, elevation)
         return [*views, placed], CameraRig.cat([rig, camera])
 
-    def best_candidates(
-        self,
-        solids: list,  # [B N]
-        views: list[list[Image.Image]],  # [B N][V]
-        images: list[Image.Image],  # [B]
-        elevation: float | None,
-    ) -> tuple[list[int], list[PictureFit]]:
-        """For each picture the index of its best candidate, and how the picture looks at that one.
-
-        A mesh is as good as its outlines agree with the views that it was made from, and its front with the picture: the mean of
-        their intersections over union. Views that do not fit each other leave no mesh that fits them all.
-
-        Args:
-            solids: What the volume stage made of each picture's candidates, one picture after another; or the `InputError` that it
-                raised, which is raised again if a picture has nothing else.
-            views: What it made them from.
-            images: The pictures.
-            elevation: Degrees, if known.
-        """
-        count, rig = len(solids) // len(images), self.rig
-        kept, fits = [], []
-        for first, picture in zip(range(0, len(solids), count), images, strict=True):
-            found: dict[int, PictureFit] = {}
-            scores: dict[int, float] = {}
-            for index in range(first, first + count):
-                if isinstance(solids[index], InputError):
-                    continue
-                mesh = solids[index].meshes[0]
-                found[index] = fit_picture(mesh, picture, elevation)
-                overlaps = outline_overlap(mesh, views[index], rig)
-                scores[index] = float(np.mean([*overlaps, found[index].likeness]))
-            if not found:
-                raise solids[first]
-            kept.append(max(scores, key=scores.get))
-            fits.append(found[kept[-1]])
-        return kept, fits
-
     @torch.no_grad()
     def __call__(
         self,
@@ -313,7 +277,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*): Of the views.
             num_occupancy_steps, num_sparse_steps (`int`, *optional*): Of the two volume diffusions.
             num_candidates (`int`, *optional*): So many times views are drawn and reconstructed; what is returned is of the mesh whose
-                outlines agree best with its views and the picture, see `best_candidates`.
+                outlines agree best with its views and the picture, see `pipelines.candidates`.
             num_texture_steps, texture_size (`int`, *optional*): Of the texture refinement; the size is in pixels.
             max_faces (`int`, *optional*): Most triangles of a mesh.
             watertight (`bool`, defaults to `False`): Make solids for printing, see `geometry.extract.solidify`.
@@ -399,7 +363,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             solids.append(solid)
 
         # 5. Find how the picture looks at each mesh, and keep the mesh that agrees best with all its pictures
-        kept, fits = self.best_candidates(solids, views, images, elevation)
+        kept, fits = best_candidates(solids, views, rig, images, elevation)
         views, solids = [views[index] for index in kept], [solids[index] for index in kept]
         volumes = [solid.volumes[0] for solid in solids]
         coarse_meshes = [solid.meshes[0] for solid in solids]

@@ -254,7 +254,6 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         num_occupancy_steps: int | None = None,
         num_sparse_steps: int | None = None,
         num_texture_steps: int | None = None,
-        num_candidates: int | None = None,
         texture_size: int | None = None,
         max_faces: int | None = None,
         watertight: bool = False,
@@ -267,6 +266,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         control_image: Image.Image | list | None = None,
         controlnet_conditioning_scale: float | list[float] = 1.0,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        num_candidates: int | None = None,
     ) -> One2345PlusPlusPipelineOutput | tuple:
         r"""Make a textured mesh of the object in each image, or of each prompt.
 
@@ -276,8 +276,6 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             text_to_image ([`DiffusionPipeline`], *optional*): Any text-to-image pipeline of diffusers.
             num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*): Of the views.
             num_occupancy_steps, num_sparse_steps (`int`, *optional*): Of the two volume diffusions.
-            num_candidates (`int`, *optional*): So many times views are drawn and reconstructed; what is returned is of the mesh whose
-                outlines agree best with its views and the picture, see `pipelines.candidates`.
             num_texture_steps, texture_size (`int`, *optional*): Of the texture refinement; the size is in pixels.
             max_faces (`int`, *optional*): Most triangles of a mesh.
             watertight (`bool`, defaults to `False`): Make solids for printing, see `geometry.extract.solidify`.
@@ -293,6 +291,8 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
                 several ControlNets a list with that of each.
             controlnet_conditioning_scale (`float` or a list, defaults to 1.0): Weight of the ControlNet, or of each.
             cross_attention_kwargs (`dict`, *optional*): For the attention of the views; `scale` is that of a LoRA.
+            num_candidates (`int`, *optional*): So many times views are drawn and reconstructed; what is returned is of the mesh whose
+                outlines agree best with its views and the picture, see `pipelines.candidates`.
 
         Returns:
             [`One2345PlusPlusPipelineOutput`]: `meshes`, `views`, `volumes`, `coarse_meshes`, one an object. With an `elevation` the

@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(pipe: One2345PlusPlusPipeline, item: dict, prepared: PreparedDataset, args) -> dict[str, float]:
     """All columns of one object; F-scores are 0 where there is no surface."""
-    volume, generator = pipe.volume, torch.Generator().manual_seed(args.seed)
+    volume, generator = pipe.drawn_volume if args.drawn else pipe.volume, torch.Generator().manual_seed(args.seed)
     sparse_steps = args.sparse_steps or volume.config.default_num_sparse_steps
     picture = Image.fromarray(item["inputs"][0].numpy())
     if args.drawn:

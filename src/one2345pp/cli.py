@@ -128,7 +128,10 @@ def build_parser() -> OneLineParser:
     join.add_argument("--sparse", type=Path, required=True, metavar="DIR", help="output of train sparse")
     join.add_argument("--fine", type=Path, metavar="DIR", help="output of train sparse at twice the resolution")
     join.add_argument(
-        "--config", type=Path, metavar="JSON", help="arguments of the stages: volume, drawn_volume, texture"
+        "--config",
+        type=Path,
+        metavar="JSON",
+        help="arguments of the stages, volume, drawn_volume and texture, and candidates",
     )
     join.add_argument("--card", type=Path, metavar="MD", help="model card")
     join.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")

@@ -38,9 +38,9 @@ class PreparedDataset(Dataset):
             raise InputError(
                 f"{path}: is not a prepared dataset (no index.json). Make one with: one2345pp prepare"
             ) from None
-        if self.meta["format"] != FORMAT:
+        if (found := self.meta.get("format")) != FORMAT:
             raise InputError(
-                f"{path}: has format {self.meta['format']}, this version reads {FORMAT}. Make it again: one2345pp prepare"
+                f"{path}: has format {found}, this version reads {FORMAT}. Make it again: one2345pp prepare"
             )
         files = sorted(self.path.glob("*.zip"), key=lambda f: (int(f.name.split(".")[-2]), f.name))
         self.files = [f for f in files if names is None or f.name.rsplit(".", 2)[0] in names]

@@ -98,9 +98,7 @@ def outline_overlap(
 ) -> np.ndarray:  # [V]
     """Intersection over union of the mesh's outline and the mask of each view, `RGBA` of one size, as the rig's cameras see it."""
     masks = np.stack([np.asarray(view.getchannel("A")) >= 128 for view in views])
-    own = _outlines(mesh, rig, masks.shape[-1])
-    union = (own | masks).sum((1, 2))
-    return np.where(union > 0, (own & masks).sum((1, 2)) / np.maximum(union, 1), 1.0)
+    return _overlap(_outlines(mesh, rig, masks.shape[-1]), masks)
 
 
 def stretch(mesh: trimesh.Trimesh, factors: np.ndarray) -> trimesh.Trimesh:
@@ -123,8 +121,16 @@ def _likeness(a: np.ndarray, b: np.ndarray) -> list[float]:
     elevation is known by the former, and a little by the latter, for outlines such as a box's that say nothing."""
     if not a.any() or not b.any():
         return [0.0, 0.0]
-    pairs = [[_framed(mask, square) for mask in (a, b)] for square in (True, False)]
-    return [float((first & second).sum() / (first | second).sum()) for first, second in pairs]
+    return [float(_overlap(_framed(a, square), _framed(b, square))) for square in (True, False)]
+
+
+def _overlap(
+    a: np.ndarray,  # [..., H, W] bool
+    b: np.ndarray,  # [..., H, W] bool
+) -> np.ndarray:  # [...]
+    """Intersection over union; 1 where there is nothing in either."""
+    union = (a | b).sum((-2, -1))
+    return np.where(union > 0, (a & b).sum((-2, -1)) / np.maximum(union, 1), 1.0)
 
 
 def _framed(mask: np.ndarray, square: bool) -> np.ndarray:

@@ -38,17 +38,17 @@ def best_candidates(
     count = len(solids) // len(images)
     kept, fits = [], []
     for first, picture in zip(range(0, len(solids), count), images, strict=True):
-        scores: dict[int, float] = {}
-        found: dict[int, PictureFit] = {}
+        found: dict[int, tuple[float, PictureFit]] = {}
         for index in range(first, first + count):
             if isinstance(solids[index], InputError):
                 continue
             mesh = solids[index].meshes[0]
-            found[index] = fit_picture(mesh, picture, elevation)
-            overlaps = outline_overlap(mesh, views[index], rig)
-            scores[index] = float(np.mean([*overlaps, found[index].likeness]))
+            fit = fit_picture(mesh, picture, elevation)
+            score = float(np.mean([*outline_overlap(mesh, views[index], rig), fit.likeness]))
+            found[index] = score, fit
         if not found:
             raise solids[first]
-        kept.append(max(scores, key=scores.get))
-        fits.append(found[kept[-1]])
+        best = max(found, key=lambda index: found[index][0])
+        kept.append(best)
+        fits.append(found[best][1])
     return kept, fits

@@ -5,13 +5,15 @@
 With `--config` the weights are random, with `--model` (default: the checkpoint in the package) trained. The reference is noised as
 in Zero123++ whatever the checkpoint says, since a clean one is read once and there is nothing to compare. Modes: `exact`, the pipeline
 as it is; `reuse N`, `reuse_interval=N`; `half guided`, guidance in the first half of the steps only. PSNR is between a
-mode's tile and the plain loop's, from the same noise. Text, image and reference latent are encoded once in all of them.
+mode's tile and the plain loop's, from the same noise. Text, image and reference latent are encoded once in all of them. `step_seconds`
+are those of each denoising step alone: with `reuse N` the first of every N is a whole one, so that two steps tell what any N saves.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import time
 from pathlib import Path
@@ -41,20 +43,23 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     pipe, image = load_pipeline(args), picture()
     draw(pipe, image, args, steps=1)  # warm up
-    tiles, seconds = {}, {mode: [] for mode in ("plain", *args.modes)}
+    tiles, step_seconds, seconds = {}, {}, {mode: [] for mode in ("plain", *args.modes)}
     for _ in range(args.repeats):  # in turn, so that what else the machine does hits all of them
         for mode in seconds:
             if mode == "plain":
-                tiles[mode], own = draw_plainly(pipe, image, args)
+                tiles[mode], own, steps = draw_plainly(pipe, image, args)
             else:
-                tiles[mode], own = draw(pipe, image, args, **MODES[mode])
+                tiles[mode], own, steps = draw(pipe, image, args, **MODES[mode])
             seconds[mode].append(own)
+            step_seconds[mode] = np.minimum(steps, step_seconds.get(mode, math.inf))
+            print(mode, [round(float(step), 2) for step in steps], flush=True)
     rows = []
     for mode, tile in tiles.items():
         error = (tile - tiles["plain"]).square().mean().item()
         psnr = None if error == 0 else round(-10 * np.log10(error), 2)  # None: the same tile
         least = min(seconds[mode])
         rows.append({"mode": mode, "seconds": least, "share": least / min(seconds["plain"]), "psnr": psnr})
+        rows[-1]["step_seconds"] = [round(float(step), 3) for step in step_seconds[mode]]
         print(json.dumps(rows[-1]), flush=True)
     report = {
         "torch": torch.__version__,
@@ -102,12 +107,25 @@ def picture() -> Image.Image:
 def draw(
     pipe: MultiViewTilePipeline, image: Image.Image, args: argparse.Namespace, steps: int | None = None, **options
 ):
-    """Pixels of the tile, and how long the call took."""
+    """Pixels of the tile, how long the call took, and each of its steps."""
     generator = torch.Generator().manual_seed(0)
     settings = {"num_inference_steps": steps or args.steps, "guidance_scale": 4.0, "output_type": "pt", **options}
+    marks: list[float] = []
+
+    def mark(pipe, step, timestep, tensors) -> dict:
+        marks.append(time.perf_counter())
+        return tensors
+
+    def begin(*_) -> None:
+        if not marks:
+            marks.append(time.perf_counter())
+
+    first = pipe.unet.register_forward_pre_hook(begin)
     start = time.perf_counter()
-    tile = pipe(image, generator=generator, **settings).images
-    return tile, time.perf_counter() - start
+    tile = pipe(image, generator=generator, callback_on_step_end=mark, **settings).images
+    end = time.perf_counter()
+    first.remove()
+    return tile, end - start, np.diff(marks)
 
 
 def draw_plainly(pipe: MultiViewTilePipeline, image: Image.Image, args: argparse.Namespace):

@@ -21,7 +21,7 @@ from one2345pp.geometry.cameras import CameraRig
 from one2345pp.geometry.render import render
 from one2345pp.pipelines.pipeline_multiview_tile import MultiViewTilePipeline, scale_latents
 from one2345pp.training import multiview, tiles
-from one2345pp.training.components import build_components, build_vae, seeded, start_from
+from one2345pp.training.components import build_components, build_unet, build_vae, seeded, start_from
 from one2345pp.training.loop import train
 
 
@@ -203,6 +203,25 @@ def test_weights_are_taken_over_as_far_as_they_reach(trained):
     assert torch.equal(model.encoder.conv_in.weight[:, 3:], before)
     assert torch.equal(model.decoder.conv_out.bias[:3], source.decoder.conv_out.bias)
     assert torch.equal(model.quant_conv.weight, source.quant_conv.weight)
+
+
+def test_new_attention_begins_by_adding_nothing(trained):
+    """Oracle: the trained UNet; one with attention on every level, started from it, predicts the same at first."""
+    source = UNet2DConditionModel.from_pretrained(trained / "pipeline", subfolder="unet")
+    levels = len(source.config.block_out_channels)
+    more = {
+        **COMPONENTS["unet"],
+        "down_block_types": ["CrossAttnDownBlock2D"] * levels,
+        "up_block_types": ["CrossAttnUpBlock2D"] * levels,
+    }
+    model = seeded(build_unet, {**CONFIG, "components": {"unet": more}, "seed": 1})
+    start_from(str(trained / "pipeline"), "unet", model)
+    assert len(model.attn_processors) > len(source.attn_processors)
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(1, source.config.in_channels, 12, 8, generator=generator)
+    context = torch.randn(1, 3, source.config.cross_attention_dim, generator=generator)
+    with torch.no_grad():
+        assert (model(sample, 7, context).sample - source(sample, 7, context).sample).abs().max() < 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,10 @@ def seeded(build, config: dict):
 
 @torch.no_grad()
 def start_from(folder: str | None, name: str, model: nn.Module) -> None:
-    """Copy the weights of component `name` in `folder` into `model`, as far as they reach: new channels, the last, stay as drawn."""
+    """Copy the weights of component `name` in `folder` into `model`, as far as they reach.
+
+    New channels, the last, stay as drawn. New attention blocks add nothing at first, so the model begins as good as the other.
+    """
     if folder is None:
         return
     trained = type(model).from_pretrained(folder, subfolder=name).state_dict()
@@ -84,3 +87,5 @@ def start_from(folder: str | None, name: str, model: nn.Module) -> None:
         if key in trained:
             common = tuple(slice(min(sizes)) for sizes in zip(weight.shape, trained[key].shape, strict=True))
             weight[common] = trained[key][common]
+        elif ".proj_out." in key:
+            weight.zero_()

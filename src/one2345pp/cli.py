@@ -102,6 +102,7 @@ def build_parser() -> OneLineParser:
     text = "for train multiview: only views of this rig, six azimuths of the input view in each frame"
     prepare.add_argument("--shapes", type=int, default=0, metavar="N", help="random procedural objects, beside meshes")
     prepare.add_argument("--normals", action="store_true", help="frames hold the views' normals, too")
+    prepare.add_argument("--vary", action="store_true", help="all frames but the first: stretched and recoloured")
     prepare.add_argument("--rings", choices=RIGS, metavar="RIG", help=text)
 
     train = command("train", "train one stage")

@@ -158,6 +158,7 @@ def prepare(args: argparse.Namespace) -> int:
         workers=args.workers,
         seed=args.seed or 0,
         table=args.table,
+        vary=args.vary,
         rings=args.rings,
         shapes=args.shapes,
         normals=args.normals,

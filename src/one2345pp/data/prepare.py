@@ -31,6 +31,7 @@ from ..geometry.voxelize import SurfaceCloud
 from .dataset import FORMAT
 from .pack import write_sample
 from .shapes import random_shape
+from .variation import recolor_randomly, stretch_randomly
 
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def prepare(
     rings: str | None = None,
     shapes: int = 0,
     normals: bool = False,
+    vary: bool = False,
 ) -> list[str]:
     """Render and voxelise meshes into a folder that training reads. Frames that are there already are kept.
 
@@ -70,6 +72,7 @@ def prepare(
         rings: Make rings of this rig, which the first stage learns from, instead of frames, which the volume stages need.
         shapes: So many random procedural objects beside the meshes, tier `procedural`.
         normals: Frames hold the normals of their views, too, for condition encoders that take them.
+        vary: All frames of an object but its first are of another one, stretched and recoloured, see `variation`.
 
     Returns:
         A line for each object that could not be used, saying why.
@@ -98,7 +101,7 @@ def prepare(
         **({"resolution": resolution, "normals": normals} if rings is None else {"rig": rings}),
     }
     sources = [*map(Path, meshes), *names]
-    jobs = [(source, output, frame, seed, spec) for frame in range(frames) for source in sources]
+    jobs = [(source, output, frame, seed, vary, spec) for frame in range(frames) for source in sources]
     with ProcessPoolExecutor(workers) as pool:
         problems = [problem for problem in pool.map(_prepare_frame, jobs, chunksize=4) if problem]
     for problem in problems:
@@ -114,9 +117,9 @@ def _read_tiers(table: Path) -> dict[str, str]:
         raise InputError(f"{table}: is not a CSV with the columns name and tier ({error!r}).") from None
 
 
-def _prepare_frame(job: tuple[Path | str, Path, int, int, dict]) -> str | None:
+def _prepare_frame(job: tuple[Path | str, Path, int, int, bool, dict]) -> str | None:
     """One file of `prepare`; a source that is no path is the name of a procedural object, which it decides."""
-    source, output, frame, seed, spec = job
+    source, output, frame, seed, vary, spec = job
     name = source.stem if isinstance(source, Path) else source
     target = output / f"{name}.{frame}.zip"
     if target.exists():
@@ -129,8 +132,13 @@ def _prepare_frame(job: tuple[Path | str, Path, int, int, dict]) -> str | None:
             mesh = normalize_to_sphere(load_mesh(source))
         else:
             mesh = random_shape(torch.Generator().manual_seed(number))
+        varied = np.random.default_rng([seed, number, frame, 1]) if vary and frame > 0 else None
+        if varied is not None:
+            mesh = stretch_randomly(mesh, varied)
         make = make_ring if "rig" in spec else make_frame
         sample = make(mesh, 0.0 if frame == 0 else rng.uniform(0, 360), rng, **spec)
+        if varied is not None:
+            sample = recolor_randomly(sample, varied)
     except InputError as error:
         return f"{name}: {error}"
     write_sample(target, sample)

@@ -8,6 +8,7 @@ import trimesh
 from one2345pp.data.dataset import PreparedDataset
 from one2345pp.data.prepare import RIGS, prepare
 from one2345pp.data.variation import STRETCH, recolor_randomly, stretch_randomly
+from one2345pp.errors import InputError
 from one2345pp.geometry.cameras import CameraRig, project
 from one2345pp.geometry.volume import cell_centers
 
@@ -59,6 +60,12 @@ def test_the_first_frame_is_of_the_object_itself(folders):
     plain, varied = folders
     assert all(torch.equal(plain[0][key], varied[0][key]) for key in ("views", "inputs", "sdf", "colors"))
     assert not torch.equal(plain[1]["views"], varied[1]["views"])
+
+
+def test_nothing_to_vary_is_refused(tmp_path):
+    with pytest.raises(InputError, match="Ask for more frames"):
+        prepare([tmp_path / "box.ply"], tmp_path / "data", frames=1, vary=True)
+    assert not (tmp_path / "data").exists()
 
 
 def test_pictures_and_volume_are_of_the_same_varied_object(folders):

@@ -76,9 +76,16 @@ def prepare(
 
     Returns:
         A line for each object that could not be used, saying why.
+
+    Raises:
+        InputError: If there is nothing to prepare, nothing to vary, or the table cannot be read.
     """
     if not meshes and not shapes:
         raise InputError("meshes: none given. Pass mesh files or a folder that holds some.")
+    if vary and frames < 2:
+        raise InputError(
+            f"vary: the first frame of an object is of itself, and frames is {frames}. Ask for more frames."
+        )
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     tiers = {} if table is None else _read_tiers(table)
@@ -132,12 +139,13 @@ def _prepare_frame(job: tuple[Path | str, Path, int, int, bool, dict]) -> str | 
             mesh = normalize_to_sphere(load_mesh(source))
         else:
             mesh = random_shape(torch.Generator().manual_seed(number))
-        varied = np.random.default_rng([seed, number, frame, 1]) if vary and frame > 0 else None
-        if varied is not None:
+        vary = vary and frame > 0
+        varied = np.random.default_rng([seed, number, frame, 1])  # draws of its own: azimuths and lights stay
+        if vary:
             mesh = stretch_randomly(mesh, varied)
         make = make_ring if "rig" in spec else make_frame
         sample = make(mesh, 0.0 if frame == 0 else rng.uniform(0, 360), rng, **spec)
-        if varied is not None:
+        if vary:
             sample = recolor_randomly(sample, varied)
     except InputError as error:
         return f"{name}: {error}"

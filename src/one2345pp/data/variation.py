@@ -1,7 +1,5 @@
 """Other objects out of the ones there are: stretched and recoloured, so that a network cannot learn a few thousand by heart."""
 
-# N colours, C colour channels
-
 from __future__ import annotations
 
 import math

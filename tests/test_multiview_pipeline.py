@@ -1,6 +1,5 @@
-"""The habits of the stage 1 pipeline: batches, saving, generators, schedulers. Its numbers: test_zero123plus_parity."""
-
-import inspect
+"""What is this pipeline's own: its schedulers, its two passes, its pictures. What it shares with every diffusers pipeline:
+test_multiview_mixin; its numbers: test_zero123plus_parity."""
 
 import numpy as np
 import pytest
@@ -105,66 +104,7 @@ def latent(pipe, image, **kwargs) -> torch.Tensor:
     return pipe(image, output_type="latent", **kwargs).images
 
 
-# --- what every diffusers pipeline does ------------------------------------------------------------------------------
-
-
-def test_call_signature():
-    names = list(inspect.signature(MultiViewTilePipeline.__call__).parameters)
-    expected = """self image prompt negative_prompt num_inference_steps guidance_scale num_images_per_prompt height width
-        generator latents control_image output_type return_dict callback_on_step_end callback_on_step_end_tensor_inputs
-        cross_attention_kwargs controlnet_conditioning_scale control_guidance_start control_guidance_end guidance_interval
-        transparent reuse_interval"""
-    assert names == expected.split()
-
-
-def test_dict_tuple_outputs_equivalent(pipe, images):
-    as_dict = pipe(images[0], generator=seed(), output_type="pt")
-    as_tuple = pipe(images[0], generator=seed(), output_type="pt", return_dict=False)
-    assert torch.equal(as_dict.images, as_tuple[0]) and torch.equal(as_dict.views, as_tuple[1])
-
-
-def test_inference_batch_single_identical(pipe, images):
-    """Oracle: with a generator a tile, each image of a batch gets the tile that it gets alone."""
-    batch = latent(pipe, images, generator=[seed(1), seed(2)])
-    for index in range(2):
-        alone = latent(pipe, images[index], generator=[seed(1 + index)])
-        torch.testing.assert_close(batch[index : index + 1], alone, atol=1e-4, rtol=1e-4)
-
-
-def test_num_images_per_prompt(pipe, images):
-    """Oracle: tiles of one image stand together, each as its own generator alone would draw it."""
-    tiles = latent(pipe, images, num_images_per_prompt=2, generator=[seed(i) for i in range(4)])
-    assert len(tiles) == 4 and not torch.allclose(tiles[0], tiles[1])
-    torch.testing.assert_close(tiles[2:3], latent(pipe, images[1], generator=seed(2)), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-def test_save_load_local(pipe, images, guidance_scale, tmp_path):
-    """Also saved after a call: every component is still its own class."""
-    before = latent(pipe, images[0], guidance_scale=guidance_scale)
-    pipe.save_pretrained(tmp_path)
-    loaded = MultiViewTilePipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
-    assert type(loaded.unet) is type(pipe.unet) and loaded.config.view_size == SIZE
-    torch.testing.assert_close(latent(loaded, images[0], guidance_scale=guidance_scale), before, atol=1e-5, rtol=1e-5)
-
-
-def test_components_rebuild_the_pipeline(pipe, images):
-    again = MultiViewTilePipeline(**pipe.components, view_size=SIZE, default_num_inference_steps=2)
-    again.set_progress_bar_config(disable=True)
-    assert torch.equal(latent(pipe, images[0]), latent(again, images[0]))
-
-
-def test_callback_sees_and_changes_latents(pipe, images):
-    seen = []
-
-    def zero(pipe, step, timestep, tensors):
-        seen.append((step, tuple(tensors["latents"].shape)))
-        return {"latents": torch.zeros_like(tensors["latents"])}
-
-    out = latent(pipe, images[0], num_inference_steps=3, callback_on_step_end=zero)
-    assert seen == [(step, (1, 4, 24, 16)) for step in range(3)]
-    assert torch.allclose(out, torch.full_like(out, 0.22))  # zero latents after the inverse affine
+# --- a call is nothing but a call -------------------------------------------------------------------------------------
 
 
 def test_interrupt_stops_the_steps(pipe, images):
@@ -194,25 +134,6 @@ def test_call_leaves_components_as_they_were(pipe, images):
     assert all(pipe.components[name] is component for name, component in components.items())
     assert all(pipe.unet.attn_processors[name] is processor for name, processor in processors.items())
     assert all(torch.equal(weights[name], value) for name, value in pipe.unet.state_dict().items())
-
-
-def test_half_precision_runs(pipe, images):
-    tile = pipe.to(torch.bfloat16)(images[0], generator=seed(), output_type="pt").images
-    assert tile.isfinite().all()
-
-
-def test_lora_of_the_unet_and_its_scale(pipe, images):
-    """Oracle: a LoRA changes the tile, and with scale 0 does not."""
-    peft = pytest.importorskip("peft")
-    base = latent(pipe, images[0])
-    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        pipe.unet.add_adapter(config)
-    assert not torch.allclose(base, latent(pipe, images[0]), atol=1e-4)
-    torch.testing.assert_close(
-        latent(pipe, images[0], cross_attention_kwargs={"scale": 0.0}), base, atol=1e-5, rtol=1e-5
-    )
 
 
 # --- what Zero123++'s own pipeline gets wrong ------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_references_have_random_sizes(objective):
         pixels = batch["reference"]
         sides.add(pixels.shape[-1])
         blank = (pixels == learner.blank).flatten(1).all(1)
-        plain = learner.pipeline.encode_prompt([""])[0]
+        plain = learner.pipeline.encode_texts([""])[0]
         assert torch.equal(blank, (batch["context"] == plain).flatten(1).all(1))
         assert learner.loss(batch, generator)[0].isfinite()
     assert len(sides) > 2 and all(side % learner.step == 0 and 10 <= side < 30 + learner.step for side in sides)

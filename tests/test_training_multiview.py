@@ -237,7 +237,7 @@ def test_dropped_conditions_are_the_negative_branch_of_the_pipeline(denoiser):
     """Oracle: the pipeline's negative text context, and its reference of an empty image."""
     objective, latents = denoiser
     batch = objective.collate([latents[0]] * 32, torch.Generator().manual_seed(0))
-    plain = objective.pipeline.encode_prompt([""])[0].detach()
+    plain = objective.pipeline.encode_texts([""])[0].detach()
     dropped = (batch["context"] == plain).flatten(1).all(1)
     assert 0 < dropped.sum() < 32
     empty = objective.pipeline.vae.encode(torch.zeros(1, 3, SIZE, SIZE)).latent_dist.mode()[0]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import USE_PEFT_BACKEND
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from PIL import Image
@@ -12,18 +13,34 @@ from torch import Tensor
 from transformers import CLIPImageProcessor
 
 from ..errors import InputError
+from .multiview_inputs import as_texts, check_texts
 from .preprocess import key_background, open_image
 from .tiles import IMAGE_SCALE, composite_on_grey
 
 
 class ContextMixin:
-    """Cross-attention context of a pipeline with `tokenizer`, `text_encoder`, `feature_extractor_clip` and `vision_encoder`."""
+    """Cross-attention context and reference latents, for a pipeline with the components of `MultiViewTilePipeline`."""
 
-    def encode_prompt(self, prompts: list[str], lora_scale: float = 1.0) -> Tensor:
-        """Text context of `B` prompts, `[B, L, D]`. Equal prompts are encoded once."""
-        texts = list(dict.fromkeys(prompts))
+    # --- text and the picture as a whole ----------------------------------------------------------------------------
+
+    def encode_prompt(
+        self, prompt: str | list[str], negative_prompt: str | list[str] | None = None, lora_scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Text contexts of `B` prompts and of their negative ones (empty by default), `[B, L, D]` each: what a call takes as
+        `prompt_embeds` and `negative_prompt_embeds`. Needs the text encoder and the tokenizer alone."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        negative_prompts = as_texts(negative_prompt, len(prompts))
+        check_texts(len(prompts), prompt=prompts, negative_prompt=negative_prompts)
+        negative_prompt_embeds, prompt_embeds = self.encode_texts([*negative_prompts, *prompts], lora_scale).chunk(2)
+        return prompt_embeds, negative_prompt_embeds
+
+    def encode_texts(self, texts: list[str], lora_scale: float = 1.0) -> Tensor:
+        """Context of `B` texts, `[B, L, D]`. Equal texts are encoded once."""
+        if self.text_encoder is None or self.tokenizer is None:
+            raise InputError("prompt: there is no text encoder. Pass prompt_embeds and negative_prompt_embeds instead.")
+        unique = list(dict.fromkeys(texts))
         tokens = self.tokenizer(
-            texts,
+            unique,
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,
@@ -36,7 +53,7 @@ class ContextMixin:
         finally:
             if USE_PEFT_BACKEND:
                 unscale_lora_layers(self.text_encoder, lora_scale)
-        return context[[texts.index(prompt) for prompt in prompts]]
+        return context[[unique.index(text) for text in texts]]
 
     def encode_image(self, images: list[Image.Image]) -> Tensor:
         """Global features of `B` opaque RGB images, `[B, 1, D]`."""
@@ -53,18 +70,52 @@ class ContextMixin:
         return torch.tensor(values)[:, None]
 
     def prepare_context(
-        self, images, prompts, negative_prompts, num_images_per_prompt: int, lora_scale: float = 1.0
+        self,
+        images: list[Image.Image],  # [B]
+        prompts: list[str] | Tensor,  # [B] or [B, L, D]
+        negative_prompts: list[str] | Tensor,  # [B] or [B, L, D]
+        num_images_per_prompt: int,
+        lora_scale: float = 1.0,
     ) -> Tensor:
         """Cross-attention context of every branch: text plus ramp times image feature; plain text in the negative one.
 
         Returns:
             `[B * n, L, D]`, or `[2 * B * n, L, D]` (negative first) with guidance.
         """
-        negative = negative_prompts if self.do_classifier_free_guidance else []
-        context = self.encode_prompt([*negative, *prompts], lora_scale)
-        ramped = self.ramp(context.shape[1]).to(context) * self.encode_image(images).to(context)
-        context = torch.cat([context[: len(negative)], context[len(negative) :] + ramped])
-        return context.repeat_interleave(num_images_per_prompt, 0)
+        sides = [negative_prompts, prompts] if self.do_classifier_free_guidance else [prompts]
+        texts = [text for side in sides if isinstance(side, list) for text in side]
+        encoded = iter(self.encode_texts(texts, lora_scale).split(len(images)) if texts else ())
+        sides = [
+            next(encoded) if isinstance(side, list) else side.to(self._execution_device, self.unet.dtype)
+            for side in sides
+        ]
+        sides[-1] = sides[-1] + self.ramp(sides[-1].shape[1]).to(sides[-1]) * self.encode_image(images).to(sides[-1])
+        return torch.cat(sides).repeat_interleave(num_images_per_prompt, 0)
+
+    # --- the picture ------------------------------------------------------------------------------------------------
+
+    def prepare_pixels(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
+        """What the VAE encodes: an empty picture `[1, 3, h, w]` and `B` pictures on grey; with masks if the VAE has four channels."""
+        pixels = reference_pixels(images, self.feature_extractor_vae, self.draws_masks)
+        return tuple(part.to(self._execution_device, self.vae.dtype) for part in pixels)
+
+    def prepare_reference(self, images: list[Image.Image], num_images_per_prompt: int, generator) -> Tensor:
+        """Latents that the tile attends to, of every branch; the negative one is the latent of an empty picture.
+
+        They are not multiplied by the VAE's scaling factor: that is the "5x" scale of Zero123++ section 2.2.
+
+        Returns:
+            `[B * n, c, h, w]`, or `[2 * B * n, c, h, w]` (negative first) with guidance.
+        """
+        empty, pixels = self.prepare_pixels(images)
+        if not self.do_classifier_free_guidance:
+            branches = [self.vae.encode(pixels).latent_dist.parameters]
+        else:
+            moments = self.vae.encode(torch.cat([empty, pixels])).latent_dist.parameters
+            branches = [moments[:1].expand(len(images), -1, -1, -1), moments[1:]]
+        # Repeated before the draw, so that a list of generators holds one a tile.
+        repeated = [branch.repeat_interleave(num_images_per_prompt, 0) for branch in branches]
+        return torch.cat([DiagonalGaussianDistribution(branch).sample(generator) for branch in repeated])
 
 
 def reference_pixels(images: list[Image.Image], extractor: CLIPImageProcessor, masks: bool) -> tuple[Tensor, Tensor]:

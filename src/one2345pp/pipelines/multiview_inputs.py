@@ -31,6 +31,24 @@ def check_texts(number: int, **texts: list) -> None:
             raise InputError(f"{name}: got {values!r}, expected one string, or a list of {number}, one an image.")
 
 
+def as_texts(texts: str | list[str] | None, number: int) -> list[str]:
+    """One text an image: a single one is for all of them, and none is empty."""
+    return [texts or ""] * number if texts is None or isinstance(texts, str) else texts
+
+
+def check_embeds(name: str, texts: str | list[str] | None, embeds: Tensor | None, shape: tuple[int, int]) -> None:
+    """Encoded texts, one of `[L, D]` an image, instead of texts and not beside them; `shape` is the number of images and `D`."""
+    if embeds is None:
+        return
+    if texts:
+        raise InputError(f"{name}, {name}_embeds: got both, expected text or what `encode_prompt` made of it.")
+    if embeds.ndim != 3 or (embeds.shape[0], embeds.shape[2]) != shape:
+        raise InputError(
+            f"{name}_embeds: got shape {tuple(embeds.shape)}, expected {shape[0]} (one an image), any number of tokens, "
+            f"{shape[1]} (the UNet's cross_attention_dim)."
+        )
+
+
 def check_size(height: int, width: int, view_size: int, factor: int) -> None:
     """A tile that can be cut into views, and that the VAE can shrink by `factor`."""
     for name, value, parts in (("height", height, ROWS), ("width", width, COLUMNS)):

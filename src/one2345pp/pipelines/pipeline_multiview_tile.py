@@ -15,7 +15,6 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, MultiControlNetModel, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -26,7 +25,7 @@ from ..models.attention_reference import ReferenceAttention, reference_attention
 from . import multiview_inputs
 from .control import Control
 from .hub import SelfContainedMixin
-from .multiview_context import ContextMixin, reference_pixels
+from .multiview_context import ContextMixin
 from .multiview_inputs import within
 from .pipeline_output import MultiViewTilePipelineOutput
 from .preprocess import key_background
@@ -154,29 +153,6 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
 
     # --- steps of a call, in order ------------------------------------------------------------------------------
 
-    def prepare_pixels(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
-        """What the VAE encodes: an empty picture `[1, 3, h, w]` and `B` pictures on grey; with masks if the VAE has four channels."""
-        pixels = reference_pixels(images, self.feature_extractor_vae, self.draws_masks)
-        return tuple(part.to(self._execution_device, self.vae.dtype) for part in pixels)
-
-    def prepare_reference(self, images: list[Image.Image], num_images_per_prompt: int, generator) -> Tensor:
-        """Latents that the tile attends to, of every branch; the negative one is the latent of an empty picture.
-
-        They are not multiplied by the VAE's scaling factor: that is the "5x" scale of Zero123++ section 2.2.
-
-        Returns:
-            `[B * n, c, h, w]`, or `[2 * B * n, c, h, w]` (negative first) with guidance.
-        """
-        empty, pixels = self.prepare_pixels(images)
-        if not self.do_classifier_free_guidance:
-            branches = [self.vae.encode(pixels).latent_dist.parameters]
-        else:
-            moments = self.vae.encode(torch.cat([empty, pixels])).latent_dist.parameters
-            branches = [moments[:1].expand(len(images), -1, -1, -1), moments[1:]]
-        # Repeated before the draw, so that a list of generators holds one a tile.
-        repeated = [branch.repeat_interleave(num_images_per_prompt, 0) for branch in branches]
-        return torch.cat([DiagonalGaussianDistribution(branch).sample(generator) for branch in repeated])
-
     def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         return batch, self.unet.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
@@ -257,7 +233,7 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
     def __call__(
         self,
         image: Image.Image | list[Image.Image],
-        prompt: str | list[str] = "",
+        prompt: str | list[str] | None = "",
         negative_prompt: str | list[str] | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -278,6 +254,8 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         transparent: bool = False,
         reuse_interval: int = 1,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
     ) -> MultiViewTilePipelineOutput | tuple:
         r"""Draw the six views of the object in each image.
 
@@ -305,6 +283,8 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
             transparent (`bool`, defaults to `False`): Cut the views out of their grey (`RGBA`); the tiles stay as drawn.
             reuse_interval (`int`, defaults to 1): Steps in a row that share one reading of the noised reference and one run of the
                 negative branch; 1 is exact, 2 and more are faster, see `predict`.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): What `encode_prompt` made of the texts, `[B, L, D]`,
+                instead of them. With both, the text encoder is not used.
 
         Returns:
             [`MultiViewTilePipelineOutput`]: tiles in `images`, their views in `views`.
@@ -313,9 +293,8 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
         config = self.config
         images = list(image) if isinstance(image, list | tuple) else [image]
         number, batch = len(images), len(images) * num_images_per_prompt
-        prompts = [prompt] * number if isinstance(prompt, str) else prompt
-        negative_prompt = "" if negative_prompt is None else negative_prompt
-        negative_prompts = [negative_prompt] * number if isinstance(negative_prompt, str) else negative_prompt
+        prompts = multiview_inputs.as_texts(prompt, number)
+        negative_prompts = multiview_inputs.as_texts(negative_prompt, number)
         height = ROWS * config.view_size if height is None else height
         width = COLUMNS * config.view_size if width is None else width
         if num_inference_steps is None:
@@ -328,6 +307,9 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
             reuse_interval=reuse_interval,
         )
         multiview_inputs.check_texts(number, prompt=prompts, negative_prompt=negative_prompts)
+        embeds_shape = number, self.unet.config.cross_attention_dim
+        multiview_inputs.check_embeds("prompt", prompt, prompt_embeds, embeds_shape)
+        multiview_inputs.check_embeds("negative_prompt", negative_prompt, negative_prompt_embeds, embeds_shape)
         multiview_inputs.check_size(height, width, config.view_size, self.vae_scale_factor)
         multiview_inputs.check_noise(latents, self.latent_shape(batch, height, width), generator)
         multiview_inputs.check_output(output_type, transparent)
@@ -359,7 +341,13 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
         # 3. Encode the condition
         lora_scale = (cross_attention_kwargs or {}).get("scale", 1.0)
         opaque = [composite_on_grey(image) for image in images]
-        prompt_embeds = self.prepare_context(opaque, prompts, negative_prompts, num_images_per_prompt, lora_scale)
+        prompt_embeds = self.prepare_context(
+            opaque,
+            prompts if prompt_embeds is None else prompt_embeds,
+            negative_prompts if negative_prompt_embeds is None else negative_prompt_embeds,
+            num_images_per_prompt,
+            lora_scale,
+        )
         reference_latents = self.prepare_reference(images, num_images_per_prompt, generator).to(prompt_embeds.dtype)
 
         # 4. Initial latents, and control pictures for them

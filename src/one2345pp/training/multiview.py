@@ -271,7 +271,7 @@ class DenoiserObjective:
         self.modules = nn.ModuleDict({"unet": pipeline.unet})
         self.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         with torch.no_grad():
-            self.text = pipeline.encode_prompt([""])  # [1, L, D]
+            self.text = pipeline.encode_texts([""])  # [1, L, D]
         self.ramp = pipeline.ramp(self.text.shape[1])
 
     def collate(self, items: list[dict], generator: torch.Generator) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from conftest import multiview_components
 from PIL import Image
 
 from one2345pp import InputError, MultiViewTilePipeline
+from one2345pp.models.attention_reference import ReferenceAttention
 
 
 PICTURES = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)) for i in range(2)]
@@ -99,17 +100,24 @@ def test_num_images_per_prompt(pipe):
 
 
 def test_cfg(pipe):
-    """Oracle: the formula, negative + scale (positive - negative). The prediction moves by the same amount for each unit of scale."""
-    said = []
-    predict = pipe.predict
-    pipe.predict = lambda *args, **kwargs: said.append(predict(*args, **kwargs)) or said[-1]
-    for scale in (1.0, 2.0, 3.0):
-        draw(pipe, guidance_scale=scale, num_inference_steps=1)
-    plain, once, twice = said
-    assert differs(plain, once)
-    # The reference latents of the branches are drawn apart, so the scale of 1, which has one branch, is not on the line.
-    draw(pipe, guidance_scale=4.0, num_inference_steps=1)
-    assert_same(said[3] - twice, twice - once)
+    """Oracle: the formula, negative + scale (positive - negative), on what the UNet says of both branches."""
+    read, said = ReferenceAttention.read, []
+
+    def listen(*args, **kwargs) -> torch.Tensor:
+        said.append(read(*args, **kwargs))
+        return said[-1]
+
+    guided, predict = [], pipe.predict
+    pipe.predict = lambda *args, **kwargs: guided.append(predict(*args, **kwargs)) or guided[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReferenceAttention, "read", listen)
+        for scale in (1.0, 2.0, 3.5):
+            draw(pipe, guidance_scale=scale, num_inference_steps=1)
+    assert [len(prediction) for prediction in said] == [1, 2, 2]
+    assert torch.equal(guided[0], said[0]) and differs(guided[1], guided[2])
+    for scale, prediction, result in ((2.0, said[1], guided[1]), (3.5, said[2], guided[2])):
+        negative, positive = prediction.chunk(2)
+        assert_same(result, negative + scale * (positive - negative), 1e-5)
 
 
 def test_callback_inputs(pipe):

@@ -6,18 +6,20 @@ import pytest
 import torch
 from conftest import volume_components
 
-from one2345pp import One2345PlusPlusPipeline
+from one2345pp import ElevationEstimator, One2345PlusPlusPipeline
 from one2345pp.cli import main
 
 
 @pytest.fixture
 def trainings(tiny_multiview, tmp_path):
-    """Folders as the three trainings leave them."""
+    """Folders as the trainings leave them."""
     tiny_multiview.save_pretrained(tmp_path / "multiview")
     components = volume_components()
     for stage in ("occupancy", "sparse"):
         for part in ("unet", "condition"):
             components[f"{stage}_{part}"].save_pretrained(tmp_path / stage / f"{stage}_{part}")
+    components["elevation_estimator"] = ElevationEstimator(image_size=16, block_out_channels=(8,))
+    components["elevation_estimator"].save_pretrained(tmp_path / "elevation" / "elevation_estimator")
     return tmp_path, components
 
 
@@ -29,7 +31,7 @@ def test_assembled_folder_has_every_part(trainings):
     )
     command = ["convert", "assemble", "-o", str(folder / "out"), "--card", str(folder / "card.md"), "--quiet"]
     command += ["--config", str(folder / "stages.json")]
-    for stage in ("multiview", "occupancy", "sparse"):
+    for stage in ("multiview", "occupancy", "sparse", "elevation"):
         command += [f"--{stage}", str(folder / stage)]
     assert main(command) == 0
     pipe = One2345PlusPlusPipeline.from_pretrained(folder / "out")
@@ -38,7 +40,7 @@ def test_assembled_folder_has_every_part(trainings):
     assert pipe.config.default_num_candidates == 4
     assert pipe.drawn_volume.config.surface_level == 0.2
     assert pipe.volume.config.truncation == pytest.approx(3.2 / 16)
-    for name in ("occupancy_unet", "sparse_condition"):
+    for name in ("occupancy_unet", "sparse_condition", "elevation_estimator"):
         for saved, loaded in zip(components[name].parameters(), getattr(pipe, name).parameters(), strict=True):
             assert torch.equal(saved.half().float(), loaded), "half on disk, float in memory"
 

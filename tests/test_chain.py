@@ -225,7 +225,7 @@ def test_the_candidate_that_agrees_with_its_pictures_is_kept(tiny_chain):
     solids = [SparseVolumePipelineOutput([None], [mesh]) for mesh, _ in pairs]
     views = [views_of(shown) for _, shown in pairs]
     for elevation in (None, 15.0):
-        kept, fits = best_candidates(solids * 2, views * 2, tiny_chain.rig, pictures, elevation)
+        kept, fits = best_candidates(solids * 2, views * 2, tiny_chain.rig, pictures, [elevation] * 2)
         assert kept == [1, 4 + 3]
         assert min(fit.likeness for fit in fits) > 0.85
         assert fit_picture(house, pictures[0], elevation).likeness < fits[0].likeness
@@ -235,9 +235,9 @@ def test_a_candidate_without_a_surface_does_not_stop_the_others(tiny_chain, pict
     framed, views = tiny_chain.prepare_image(picture), views_of(shape("mug"))
     solid = tiny_chain(picture, refine=False, generator=seeded())
     error = InputError("views: no surface was found in sample 0.")
-    assert best_candidates([error, solid], [views] * 2, tiny_chain.rig, [framed], None)[0] == [1]
+    assert best_candidates([error, solid], [views] * 2, tiny_chain.rig, [framed], [None])[0] == [1]
     with pytest.raises(InputError, match="no surface"):
-        best_candidates([solid, solid, error, error], [views] * 4, tiny_chain.rig, [framed, framed], None)
+        best_candidates([solid, solid, error, error], [views] * 4, tiny_chain.rig, [framed, framed], [None, None])
     with pytest.raises(InputError, match="num_candidates: got 0, expected at least 1"):
         tiny_chain(picture, num_candidates=0)
 
@@ -330,6 +330,8 @@ def test_callback_sees_every_stage(tiny_chain, picture):
         ({"image": "x.png", "generator": [torch.Generator()] * 2}, "generator: got 2"),
         ({"image": "x.png", "num_inference_steps": 0}, "num_inference_steps: got 0"),
         ({"image": "x.png", "elevation": 91}, "elevation: got 91, expected degrees"),
+        ({"image": ["x.png", "y.png"], "elevation": [None, -91]}, "elevation: got -91, expected degrees"),
+        ({"image": "x.png", "elevation": [1, 2]}, "elevation: got 2, expected one, or a list of 1"),
         ({"image": "x.png", "max_faces": 3}, "max_faces: got 3, expected at least 4"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -49,9 +49,11 @@ def test_rings_keep_their_order(tmp_path):
     """Oracle: every picture is nearer to itself, packed, than to any other."""
     ring = make_ring(random_shape(torch.Generator().manual_seed(6)), 0.0, np.random.default_rng(0), view_size=32)
     pack.write_sample(tmp_path / "ring.0.zip", ring)
-    for key, array in pack.read_sample(tmp_path / "ring.0.zip").items():
-        assert array.shape == ring[key].shape
-        before, after = (_on_grey(a).reshape(12, -1) for a in (ring[key], array))
+    packed = pack.read_sample(tmp_path / "ring.0.zip")
+    assert {key: array.shape for key, array in packed.items()} == {key: array.shape for key, array in ring.items()}
+    assert np.array_equal(packed["elevations"], ring["elevations"])
+    for key in ("views", "inputs"):
+        before, after = (_on_grey(a).reshape(12, -1) for a in (ring[key], packed[key]))
         distances = np.square(before[:, None] - after[None]).mean(-1)
         assert (distances.argmin(1) == np.arange(12)).all()
 

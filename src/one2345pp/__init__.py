@@ -17,6 +17,7 @@ MODULE_OF = {
     "ConditionEncoder": "models.condition_encoder",
     "OccupancyUNet3DModel": "models.unet_occupancy",
     "SparseUNet3DModel": "models.unet_sparse",
+    "ElevationEstimator": "models.elevation",
     "ColorField": "models.color_field",
     "CameraRig": "geometry.cameras",
     "SparseVolume": "geometry.volume",

@@ -61,7 +61,7 @@ def build_parser() -> OneLineParser:
     generate.add_argument(
         "--text-to-image", metavar="MODEL", help="folder or Hub id of a diffusers text-to-image pipeline"
     )
-    text = "degrees above the horizon from which the image looks, if known: it then counts as a view itself"
+    text = "degrees above the horizon from which the image looks, if known; otherwise the model estimates it, if it can"
     generate.add_argument("--elevation", type=float, metavar="DEG", help=text)
     generate.add_argument("--background", choices=BACKGROUNDS, default="auto", help="how the object is cut out")
     generate.add_argument("--steps", type=positive, metavar="N", help="denoising steps of the six views")
@@ -106,7 +106,7 @@ def build_parser() -> OneLineParser:
     prepare.add_argument("--rings", choices=RIGS, metavar="RIG", help=text)
 
     train = command("train", "train one stage")
-    train.add_argument("stage", choices=("multiview", "occupancy", "sparse"))
+    train.add_argument("stage", choices=("multiview", "occupancy", "sparse", "elevation"))
     train.add_argument("config", type=Path, metavar="CONFIG", help="JSON file of settings")
     train.add_argument("--data", type=Path, metavar="DATASET", help="data set that prepare wrote")
     train.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder for checkpoints")
@@ -121,13 +121,14 @@ def build_parser() -> OneLineParser:
     text = "checkpoints in, folders for the Hub out"
     convert = commands.add_parser("convert", help=text, description=text, allow_abbrev=False)
     kinds = convert.add_subparsers(dest="kind", required=True, metavar="KIND")
-    text = "the outputs of the three trainings to one folder"
+    text = "the outputs of the trainings to one folder"
     join = kinds.add_parser("assemble", help=text, description=text, allow_abbrev=False)
     _add_shared(join)
     join.add_argument("--multiview", type=Path, required=True, metavar="DIR", help="folder of a first stage")
     join.add_argument("--occupancy", type=Path, required=True, metavar="DIR", help="output of train occupancy")
     join.add_argument("--sparse", type=Path, required=True, metavar="DIR", help="output of train sparse")
     join.add_argument("--fine", type=Path, metavar="DIR", help="output of train sparse at twice the resolution")
+    join.add_argument("--elevation", type=Path, metavar="DIR", help="output of train elevation")
     join.add_argument(
         "--config",
         type=Path,

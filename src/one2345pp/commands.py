@@ -201,7 +201,8 @@ def convert(args: argparse.Namespace) -> int:
         _hush(args)
         from .conversion.assemble import assemble
 
-        assemble(args.multiview, args.occupancy, args.sparse, args.output, fine=args.fine, card=args.card, **config)
+        folders = {"fine": args.fine, "elevation": args.elevation}
+        assemble(args.multiview, args.occupancy, args.sparse, args.output, **folders, card=args.card, **config)
         return 0
     _hush(args)
     dtype = None if args.dtype is None else _dtype(args.dtype)

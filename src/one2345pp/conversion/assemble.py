@@ -10,6 +10,7 @@ import torch
 
 from ..errors import InputError
 from ..models.condition_encoder import ConditionEncoder
+from ..models.elevation import ElevationEstimator
 from ..models.unet_occupancy import OccupancyUNet3DModel
 from ..models.unet_sparse import SparseUNet3DModel
 from ..pipelines.pipeline_multiview_tile import MultiViewTilePipeline
@@ -31,6 +32,7 @@ def assemble(
     output: Path,
     *,
     fine: Path | None = None,
+    elevation: Path | None = None,
     volume: dict | None = None,
     drawn_volume: dict | None = None,
     texture: dict | None = None,
@@ -39,7 +41,7 @@ def assemble(
     card: Path | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write the folder of a `One2345PlusPlusPipeline` from what the three trainings wrote.
+    """Write the folder of a `One2345PlusPlusPipeline` from what the trainings wrote.
 
     Args:
         multiview: Folder of a `MultiViewTilePipeline` (`train multiview` writes it as `pipeline`).
@@ -47,6 +49,7 @@ def assemble(
         sparse: Output of `train sparse`: `sparse_unet` and `sparse_condition`.
         output: Folder to write; replaced when it is whole.
         fine: Output of another `train sparse` at twice the resolution, for the volume stage's third network.
+        elevation: Output of `train elevation`: `elevation_estimator`.
         volume: Scalar arguments of `SparseVolumeDiffusionPipeline`, such as its default steps.
         drawn_volume: Those that are others for views that the first stage drew.
         texture: Scalar arguments of `TextureRefinementPipeline`.
@@ -55,9 +58,9 @@ def assemble(
         card: Model card, copied as `README.md`.
         dtype: Of the weights on disk.
     """
-    for folder in (multiview, occupancy, sparse, *([] if fine is None else [fine])):
-        if not Path(folder).is_dir():
-            raise InputError(f"{folder}: no such folder. Pass the outputs of the three trainings.")
+    for folder in (multiview, occupancy, sparse, fine, elevation):
+        if folder is not None and not Path(folder).is_dir():
+            raise InputError(f"{folder}: no such folder. Pass the outputs of the trainings.")
     sparse_unet = SparseUNet3DModel.from_pretrained(Path(sparse) / "sparse_unet")
     first = MultiViewTilePipeline.from_pretrained(multiview)
     second = SparseVolumeDiffusionPipeline(
@@ -74,8 +77,16 @@ def assemble(
         **{"truncation": TRUNCATION_CELLS / sparse_unet.config.sample_size, **(volume or {})},
     )
     third = TextureRefinementPipeline(**(texture or {}))
+    estimator = None
+    if elevation is not None:
+        estimator = ElevationEstimator.from_pretrained(Path(elevation) / "elevation_estimator")
     chain = One2345PlusPlusPipeline.from_stages(
-        first, second, third, drawn_volume_config=drawn_volume, default_num_candidates=candidates
+        first,
+        second,
+        third,
+        drawn_volume_config=drawn_volume,
+        default_num_candidates=candidates,
+        elevation_estimator=estimator,
     )
     chain.to(dtype=dtype)
     output = Path(output)

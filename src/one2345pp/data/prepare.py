@@ -41,6 +41,7 @@ INPUTS_PER_FRAME = 2
 RING = 6  # frames of a ring
 TRUNCATION_CELLS = 3.2  # LAS-Diffusion clips the distance at 0.05 of a half-extent of 1: 3.2 cells of 128
 INPUT_ELEVATIONS, INPUT_FOVS = (-10.0, 40.0), (20.0, 60.0)  # degrees
+NADIR = -90  # degrees; elevations are stored as whole degrees above it
 
 
 def prepare(
@@ -166,13 +167,14 @@ def make_frame(
     Returns:
         `views [12, S, S, 4]` uint8 (six of each of `RIGS`), `inputs [I, S, S, 4]` uint8, `sdf [X, Y, Z]` int8 (127 is the truncation
         distance) and `colors [N, 3]` uint8 of the cells with |sdf| < 127 in row-major order; with `normals`, those of the views in
-        camera space as `(n + 1) / 2`, `normals [12, S, S, 3]` uint8.
+        camera space as `(n + 1) / 2`, `normals [12, S, S, 3]` uint8. `elevations [I]` uint8 are those of the inputs, from `NADIR` up.
     """
     rig = CameraRig.cat([CameraRig.named(name) for name in RIGS]).rotated(azimuth)
     views = render(mesh, rig, view_size)
-    inputs = [render_input(mesh, azimuth, view_size, rng) for _ in range(INPUTS_PER_FRAME)]
+    inputs, elevations = render_inputs(mesh, azimuth, view_size, rng)
     extra = {"normals": render(mesh, rig, view_size, shading="normal")[..., :3]} if normals else {}
-    return {"views": views, "inputs": np.stack(inputs), **extra, **_make_volume(mesh, azimuth, resolution)}
+    pictures = {"views": views, "inputs": inputs, "elevations": elevations, **extra}
+    return {**pictures, **_make_volume(mesh, azimuth, resolution)}
 
 
 def make_ring(
@@ -182,7 +184,8 @@ def make_ring(
 
     Returns:
         `views [2, 6, S, S, 4]` uint8: the rig's first and second elevation, each at `azimuth + 30 + 60 m`; so view `j` of frame `k` is
-        `views[j % 2, (k + j) % 6]`. `inputs [6, I, S, S, 4]` uint8: the pictures of each frame's front.
+        `views[j % 2, (k + j) % 6]`. `inputs [6, I, S, S, 4]` uint8: the pictures of each frame's front; `elevations [6, I]` uint8:
+        those of their cameras, in degrees from `NADIR` up.
     """
     # The rig and itself turned by 60 degrees: the same azimuths, each at the other elevation.
     turned = [render(mesh, CameraRig.named(rig).rotated(azimuth + shift), view_size) for shift in (0, 60)]
@@ -191,8 +194,9 @@ def make_ring(
         for j, view in enumerate(drawn):
             views[j % 2, (j + shift) % RING] = view
     fronts = azimuth + 60 * np.arange(RING)
-    inputs = [[render_input(mesh, front, view_size, rng) for _ in range(INPUTS_PER_FRAME)] for front in fronts]
-    return {"views": views, "inputs": np.array(inputs)}
+    pairs = [render_inputs(mesh, front, view_size, rng) for front in fronts]
+    inputs, elevations = (np.stack(part) for part in zip(*pairs, strict=True))
+    return {"views": views, "inputs": inputs, "elevations": elevations}
 
 
 def _make_volume(mesh: trimesh.Trimesh, azimuth: float, resolution: int) -> dict[str, np.ndarray]:
@@ -209,8 +213,19 @@ def _make_volume(mesh: trimesh.Trimesh, azimuth: float, resolution: int) -> dict
     return {"sdf": sdf, "colors": np.round(volume.colors.numpy() * 255).astype(np.uint8)}
 
 
-def render_input(mesh: trimesh.Trimesh, azimuth: float, size: int, rng: np.random.Generator) -> np.ndarray:
-    """The picture a person might take of the front: any elevation and lens, light from above, framed. `[size, size, 4]` uint8."""
+def render_inputs(
+    mesh: trimesh.Trimesh, azimuth: float, size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Input pictures of one front, `[I, size, size, 4]`, and their elevations in degrees from `NADIR` up, `[I]`, both uint8."""
+    pictures, elevations = zip(*(render_input(mesh, azimuth, size, rng) for _ in range(INPUTS_PER_FRAME)), strict=True)
+    return np.stack(pictures), np.round(np.array(elevations) - NADIR).astype(np.uint8)
+
+
+def render_input(
+    mesh: trimesh.Trimesh, azimuth: float, size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, float]:
+    """The picture a person might take of the front: any elevation and lens, light from above, framed. `[size, size, 4]` uint8, and
+    the elevation in degrees."""
     elevation, fov = rng.uniform(*INPUT_ELEVATIONS), math.radians(rng.uniform(*INPUT_FOVS))
     rig = CameraRig.from_angles([azimuth], elevation, fov, 0.5 / math.sin(fov / 2))
     light = None
@@ -218,4 +233,4 @@ def render_input(mesh: trimesh.Trimesh, azimuth: float, size: int, rng: np.rando
         light = rng.normal(size=3) + np.array([0, 1.0, 0])
         light = (light / np.linalg.norm(light)).astype(np.float32)
     picture = render(mesh, rig, round(size * 1.25), light=light)[0]
-    return np.asarray(frame_object(Image.fromarray(picture), size))
+    return np.asarray(frame_object(Image.fromarray(picture), size)), elevation

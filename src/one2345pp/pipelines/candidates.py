@@ -18,7 +18,7 @@ def best_candidates(
     views: list[list[Image.Image]],  # [B N][V]
     rig: CameraRig,  # [V]
     images: list[Image.Image],  # [B]
-    elevation: float | None,
+    elevations: list[float | None],  # [B]
 ) -> tuple[list[int], list[PictureFit]]:
     """For each picture the index of its best candidate, and how the picture looks at that one.
 
@@ -30,14 +30,14 @@ def best_candidates(
         views: What it made them from, `RGBA`.
         rig: Their cameras.
         images: The pictures, `RGBA`.
-        elevation: Degrees above the horizon from which they look, if known.
+        elevations: Degrees above the horizon from which each looks, if known.
 
     Raises:
         InputError: That of a picture's first candidate, if none of its candidates has a mesh.
     """
     count = len(solids) // len(images)
     kept, fits = [], []
-    for first, picture in zip(range(0, len(solids), count), images, strict=True):
+    for first, picture, elevation in zip(range(0, len(solids), count), images, elevations, strict=True):
         found: dict[int, tuple[float, PictureFit]] = {}
         for index in range(first, first + count):
             if isinstance(solids[index], InputError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, MultiControlNetModel, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
@@ -18,11 +17,12 @@ from ..geometry.cameras import CameraRig
 from ..geometry.extract import finish_mesh
 from ..geometry.framing import frame_object
 from ..geometry.picture_fit import stretch
-from ..geometry.placement import place_picture
 from ..models.condition_encoder import ConditionEncoder
+from ..models.elevation import ElevationEstimator
 from ..models.unet_occupancy import OccupancyUNet3DModel
 from ..models.unet_sparse import SparseUNet3DModel
 from .candidates import best_candidates
+from .elevations import add_picture, check_elevation, find_elevations
 from .hub import SelfContainedMixin
 from .pipeline_multiview_tile import MultiViewTilePipeline
 from .pipeline_output import One2345PlusPlusPipelineOutput
@@ -73,6 +73,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         controlnet ([`ControlNetModel`], [`MultiControlNetModel`] or a list, *optional*): Steers the views by control pictures.
         patch_encoder (*optional*): Image features for the volume stage, if its weights were trained with them.
         fine_condition ([`ConditionEncoder`], *optional*), fine_unet ([`SparseUNet3DModel`], *optional*): Its third network.
+        elevation_estimator ([`ElevationEstimator`], *optional*): Says from how high an image looks, where a call does not.
         multiview_config, volume_config, texture_config (`dict`, *optional*): The scalar arguments of the stages.
         drawn_volume_config (`dict`, *optional*): Those of the volume stage that are others when its views are drawn and not given:
             views that do not quite agree may need a thicker surface or a wider support.
@@ -80,10 +81,10 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
     """
 
     model_cpu_offload_seq = (
-        "text_encoder->vision_encoder->unet->vae->patch_encoder"
+        "elevation_estimator->text_encoder->vision_encoder->unet->vae->patch_encoder"
         "->occupancy_condition->occupancy_unet->sparse_condition->sparse_unet->fine_condition->fine_unet"
     )
-    _optional_components = ["controlnet", "patch_encoder", "fine_condition", "fine_unet"]
+    _optional_components = ["controlnet", "patch_encoder", "fine_condition", "fine_unet", "elevation_estimator"]
 
     def __init__(
         self,
@@ -105,6 +106,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         patch_encoder: torch.nn.Module | None = None,
         fine_condition: ConditionEncoder | None = None,
         fine_unet: SparseUNet3DModel | None = None,
+        elevation_estimator: ElevationEstimator | None = None,
         multiview_config: dict | None = None,
         volume_config: dict | None = None,
         texture_config: dict | None = None,
@@ -131,6 +133,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             patch_encoder=patch_encoder,
             fine_condition=fine_condition,
             fine_unet=fine_unet,
+            elevation_estimator=elevation_estimator,
         )
         self.register_to_config(
             multiview_config=dict(multiview_config or {}),
@@ -150,6 +153,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         texture: TextureRefinementPipeline | None = None,
         drawn_volume_config: dict | None = None,
         default_num_candidates: int = 1,
+        elevation_estimator: ElevationEstimator | None = None,
     ) -> One2345PlusPlusPipeline:
         """A chain that shares the components of its stages. Both image stages use the vision encoder of `multiview`."""
         texture = TextureRefinementPipeline() if texture is None else texture
@@ -162,6 +166,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         components |= {name: getattr(multiview, name) for name in MULTIVIEW_COMPONENTS}
         return cls(
             **components,
+            elevation_estimator=elevation_estimator,
             multiview_config=_scalars(multiview),
             volume_config=_scalars(volume),
             texture_config=_scalars(texture),
@@ -217,8 +222,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             raise InputError("image: got an empty list, expected at least one image.")
         if isinstance(generator, list) and len(generator) != number:
             raise InputError(f"generator: got {len(generator)}, expected one, or a list of {number}, one an object.")
-        if elevation is not None and not -90 <= elevation <= 90:
-            raise InputError(f"elevation: got {elevation:g}, expected degrees from -90 to 90.")
+        check_elevation(elevation, number)
         for name, count in counts.items():
             least = {"max_faces": 4, "texture_size": 16}.get(name, 1)  # four triangles are the smallest closed mesh
             if count is not None and count < least:
@@ -232,16 +236,6 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
     def prepare_image(self, image, background: str = "auto") -> Image.Image:
         """The object of a picture or file, cut out, centred and square: `RGBA`, 512 pixels."""
         return frame_object(isolate_object(image, background=background))
-
-    def add_picture(
-        self, picture: Image.Image, views: list[Image.Image], rig: CameraRig, elevation: float | None
-    ) -> tuple[list[Image.Image], CameraRig]:
-        """The drawn views and, where its elevation is known, the input picture as one more, with all their cameras."""
-        if elevation is None:
-            return views, rig
-        masks = np.stack([np.asarray(view)[..., 3] for view in views]) / 255
-        placed, camera = place_picture(picture, masks, rig, elevation)
-        return [*views, placed], CameraRig.cat([rig, camera])
 
     @torch.no_grad()
     def __call__(
@@ -259,7 +253,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         watertight: bool = False,
         refine: bool = True,
         background: str = "auto",
-        elevation: float | None = None,
+        elevation: float | list[float | None] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
@@ -281,8 +275,9 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             watertight (`bool`, defaults to `False`): Make solids for printing, see `geometry.extract.solidify`.
             refine (`bool`, defaults to `True`): Paint a texture from the views; without, the mesh has vertex colours.
             background (`str`, defaults to `"auto"`): How the object is told from its background, see `isolate_object`.
-            elevation (`float`, *optional*): Degrees above the horizon (-90 to 90) from which the image looks, if that is known. Then
-                the image itself is one more view for the volume; for the texture it always is, from where the mesh looks most like it.
+            elevation (`float` or a list, *optional*): Degrees above the horizon (-90 to 90) from which the image looks, or each
+                does; by default what the elevation estimator finds, if there is one. Then the image itself is one more view for the
+                volume; for the texture it always is, from where the mesh looks most like it.
             generator (`torch.Generator` or a list, *optional*): Source of every random draw; a list has one an object.
             return_dict (`bool`, defaults to `True`): Return an output class instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(stage, step, timestep, tensors)` in every
@@ -295,8 +290,9 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
                 outlines agree best with its views and the picture, see `pipelines.candidates`.
 
         Returns:
-            [`One2345PlusPlusPipelineOutput`]: `meshes`, `views`, `volumes`, `coarse_meshes`, one an object. With an `elevation` the
-            meshes have the picture's proportions, see `geometry.picture_fit`; coarse meshes are as volumes and views have them.
+            [`One2345PlusPlusPipelineOutput`]: `meshes`, `views`, `volumes`, `coarse_meshes`, one an object. With an elevation, told or
+            estimated, the meshes have the picture's proportions, see `geometry.picture_fit`; coarse meshes are as volumes and views
+            have them.
 
         Raises:
             InputError: If the arguments or a picture cannot be used.
@@ -325,10 +321,11 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             drawn = zip(_as_list(prompt), generators, strict=True)
             image = [self.draw_prompt(text, text_to_image, one) for text, one in drawn]
         images = [self.prepare_image(one, background) for one in _as_list(image)]
+        elevations = find_elevations(self.elevation_estimator, images, elevation, self._execution_device)
 
         # 3. Draw six views of each candidate, cut out of their grey
         multiview, rig = self.multiview, self.rig
-        tries = [pair for pair in zip(images, generators, strict=True) for _ in range(num_candidates)]
+        tries = [each for each in zip(images, generators, elevations, strict=True) for _ in range(num_candidates)]
         views = [
             multiview(
                 picture,
@@ -341,13 +338,13 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
                 cross_attention_kwargs=cross_attention_kwargs,
                 transparent=True,
             ).views[0]
-            for picture, one in tries
+            for picture, one, _ in tries
         ]
 
         # 4. Volume and mesh of each; one that fails does not stop the others
         volume, solids = self.drawn_volume, []
-        for (picture, one), six in zip(tries, views, strict=True):
-            pictures, cameras = self.add_picture(picture, six, rig, elevation)
+        for (picture, one, degrees), six in zip(tries, views, strict=True):
+            pictures, cameras = add_picture(picture, six, rig, degrees)
             try:
                 solid = volume(
                     pictures,
@@ -363,7 +360,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             solids.append(solid)
 
         # 5. Find how the picture looks at each mesh, and keep the mesh that agrees best with all its pictures
-        kept, fits = best_candidates(solids, views, rig, images, elevation)
+        kept, fits = best_candidates(solids, views, rig, images, elevations)
         views, solids = [views[index] for index in kept], [solids[index] for index in kept]
         volumes = [solid.volumes[0] for solid in solids]
         coarse_meshes = [solid.meshes[0] for solid in solids]
@@ -391,8 +388,8 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             meshes = [finish_mesh(mesh, max_faces, watertight) for mesh in coarse_meshes]
 
         # 7. The front keeps the proportions that a picture of known elevation shows
-        if elevation is not None:
-            meshes = [stretch(mesh, fit.factors) for mesh, fit in zip(meshes, fits, strict=True)]
+        known = [degrees is not None for degrees in elevations]
+        meshes = [stretch(m, fit.factors) if told else m for m, fit, told in zip(meshes, fits, known, strict=True)]
 
         # 8. Output
         self.maybe_free_model_hooks()

@@ -1,0 +1,67 @@
+"""From how high each picture of a call to the chain looks, and what is done with that before there is a mesh."""
+
+# B pictures
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import InputError
+from ..geometry.cameras import CameraRig
+from ..geometry.framing import frame_object
+from ..geometry.placement import place_picture
+from ..models.elevation import ElevationEstimator
+
+
+logger = logging.getLogger(__name__)
+
+
+def check_elevation(elevation: float | list[float | None] | None, number: int) -> None:
+    """Refuse what is not an elevation in degrees, or a list of `number` of them, of which `None` is not known."""
+    several = isinstance(elevation, list | tuple)
+    if several and len(elevation) != number:
+        raise InputError(f"elevation: got {len(elevation)}, expected one, or a list of {number}, one an object.")
+    for degrees in elevation if several else [elevation]:
+        if degrees is not None and not -90 <= degrees <= 90:
+            raise InputError(f"elevation: got {degrees:g}, expected degrees from -90 to 90.")
+
+
+def find_elevations(
+    estimator: ElevationEstimator | None,
+    pictures: list[Image.Image],  # [B]
+    elevation: float | list[float | None] | None,
+    device: torch.device,
+) -> list[float | None]:
+    """Degrees above the horizon from which each picture looks: as told, else as the estimator finds, else `None`, not known.
+
+    Args:
+        estimator: If there is one, on `device`.
+        pictures: `RGBA`, square.
+        elevation: What the caller said, see `check_elevation`.
+        device: Where to compute.
+    """
+    told = list(elevation) if isinstance(elevation, list | tuple) else [elevation] * len(pictures)
+    unknown = [index for index, degrees in enumerate(told) if degrees is None]
+    if estimator is None or not unknown:
+        return told
+    framed = [np.asarray(frame_object(pictures[index], estimator.config.image_size)) for index in unknown]
+    found = estimator.estimate(torch.from_numpy(np.stack(framed)).to(device).movedim(-1, 1).float() / 255)
+    for index, degrees in zip(unknown, found.tolist(), strict=True):
+        logger.info("picture %d: looks from about %.0f degrees above the horizon", index + 1, degrees)
+        told[index] = degrees
+    return told
+
+
+def add_picture(
+    picture: Image.Image, views: list[Image.Image], rig: CameraRig, elevation: float | None
+) -> tuple[list[Image.Image], CameraRig]:
+    """The drawn views and, where its elevation is known, the picture as one more, with all their cameras."""
+    if elevation is None:
+        return views, rig
+    masks = np.stack([np.asarray(view)[..., 3] for view in views]) / 255
+    placed, camera = place_picture(picture, masks, rig, elevation)
+    return [*views, placed], CameraRig.cat([rig, camera])

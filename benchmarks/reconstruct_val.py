@@ -35,7 +35,6 @@ from one2345pp.geometry.render import contact_sheet, orbit, render
 
 
 METHODS = ("reconstruct", "generate", "hull", "silhouette")
-INPUT_ELEVATION = 10.0  # degrees; azimuth 0, the field of view and distance of `zero123plus-v1.2`
 
 
 def main() -> None:
@@ -67,7 +66,13 @@ def parse_arguments() -> argparse.Namespace:
         "--shard", type=shard, default=(0, 1), metavar="I/N", help="every N-th object from the I-th, meshes only"
     )
     parser.add_argument("--sheets", type=int, default=12, help="objects on contact sheets, about")
-    parser.add_argument("--elevation", action="store_true", help="tell `generate` the elevation of the image")
+    parser.add_argument("--input-elevation", type=float, default=10.0, metavar="DEG", help="of the image's camera")
+    parser.add_argument(
+        "--elevation",
+        choices=("estimated", "told", "unknown"),
+        default="estimated",
+        help="whether `generate` is told the image's elevation, estimates it if the checkpoint can, or does without",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
@@ -114,16 +119,18 @@ def rig_for(name: str, object_name: str) -> CameraRig:
     return CameraRig.from_angles(azimuths.tolist(), rng.uniform(-20, 40, 6).tolist(), fov, 0.5 / math.sin(fov / 2))
 
 
-def true_pictures(mesh: trimesh.Trimesh, rig: CameraRig, size: int) -> tuple[Image.Image, list[Image.Image]]:
+def true_pictures(
+    mesh: trimesh.Trimesh, rig: CameraRig, size: int, elevation: float
+) -> tuple[Image.Image, list[Image.Image]]:
     """The input image, and the views of the rig, both RGBA."""
     views = [Image.fromarray(view) for view in render(mesh, rig, size)]
-    return frame_object(Image.fromarray(render(mesh, front_camera(), size)[0])), views
+    return frame_object(Image.fromarray(render(mesh, front_camera(elevation), size)[0])), views
 
 
-def front_camera() -> CameraRig:
-    """The camera of the input image."""
+def front_camera(elevation: float) -> CameraRig:
+    """The camera of the input image: azimuth 0, the field of view and distance of `zero123plus-v1.2`."""
     fov = math.radians(30)
-    return CameraRig.from_angles([0.0], INPUT_ELEVATION, fov, 0.5 / math.tan(fov / 2))
+    return CameraRig.from_angles([0.0], elevation, fov, 0.5 / math.tan(fov / 2))
 
 
 def predict(objects: list[dict], args: argparse.Namespace) -> None:
@@ -139,7 +146,7 @@ def predict(objects: list[dict], args: argparse.Namespace) -> None:
             pipe = load_pipeline(args)
         truth = normalize_to_sphere(load_mesh(args.output / "gt" / f"{row['name']}.glb"))
         rig = rig_for(args.rig, row["name"])
-        image, views = true_pictures(truth, rig, args.size)
+        image, views = true_pictures(truth, rig, args.size, args.input_elevation)
         for method, path in missing.items():
             start = time.perf_counter()
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,6 +162,8 @@ def load_pipeline(args: argparse.Namespace):
 
     pipe = One2345PlusPlusPipeline.from_pretrained(args.model or default_checkpoint()).to(args.device)
     pipe.set_progress_bar_config(disable=True)
+    if args.elevation == "unknown":
+        pipe.elevation_estimator = None
     return pipe
 
 
@@ -164,7 +173,8 @@ def predict_one(method, pipe, image: Image.Image, views: list, rig: CameraRig, a
     if method == "reconstruct":
         return pipe.volume(views, cameras=rig, image=image, generator=generator).meshes[0]
     if method == "generate":
-        out = pipe(image, refine=False, generator=generator, elevation=INPUT_ELEVATION if args.elevation else None)
+        told = args.input_elevation if args.elevation == "told" else None
+        out = pipe(image, refine=False, generator=generator, elevation=told)
         folder = args.output / "generated_views"
         folder.mkdir(exist_ok=True)
         contact_sheet([out.views[0]], gap=0).save(folder / f"{name}.png")
@@ -191,12 +201,10 @@ def front_view(method: str, args: argparse.Namespace, size: int = 160) -> dict[s
 
     `front_iou` as they stand; `front_iou_framed` each in its frame, as the input image is, which says nothing of size and place.
     """
-    figures = []
+    figures, camera = [], front_camera(args.input_elevation)
     for path in sorted((args.output / "pred" / method).glob("*.ply")):
         meshes = load_mesh(path), normalize_to_sphere(load_mesh(args.output / "gt" / f"{path.stem}.glb"))
-        pictures = [
-            Image.fromarray(render(mesh, front_camera(), size, supersample=1, shading="none")[0]) for mesh in meshes
-        ]
+        pictures = [Image.fromarray(render(mesh, camera, size, supersample=1, shading="none")[0]) for mesh in meshes]
         try:
             framed = overlap(*map(frame_object, pictures))
         except InputError:  # edge-on there may be nothing to see
@@ -249,7 +257,7 @@ def draw_sheets(objects: list[dict], args: argparse.Namespace) -> None:
     folder.mkdir(exist_ok=True)
     for name in [name for names in tiers.values() for name in sorted(names)[::step]]:
         truth = normalize_to_sphere(load_mesh(args.output / "gt" / f"{name}.glb"))
-        image, views = true_pictures(truth, rig_for(args.rig, name), args.size)
+        image, views = true_pictures(truth, rig_for(args.rig, name), args.size, args.input_elevation)
         rows = [[label("image, true views"), image, *views], [label("truth"), *render(truth, orbit(4), 192)]]
         generated = args.output / "generated_views" / f"{name}.png"
         if generated.exists():

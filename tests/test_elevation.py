@@ -66,6 +66,7 @@ def test_colours_of_what_is_transparent_do_not_matter(tmp_path):
     other = torch.where(picture[:, 3:] == 0, 1 - picture, picture)
     other[:, 3] = picture[:, 3]
     found = estimator.estimate(picture)
+    assert torch.allclose(found, (estimator(picture).softmax(1) * estimator.bins).sum(1), atol=1e-4)
     assert found.shape == (2,) and torch.allclose(found, estimator.estimate(other), atol=1e-4)
     estimator.save_pretrained(tmp_path)
     assert torch.equal(ElevationEstimator.from_pretrained(tmp_path).estimate(picture), found)

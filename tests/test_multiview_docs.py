@@ -7,7 +7,7 @@ import pytest
 import trimesh
 from conftest import multiview_components
 from test_multiview_controlnet import make_controlnet
-from test_multiview_lora import random_lora
+from test_multiview_lora import adapt, save
 from test_readme import blocks
 
 from one2345pp import MultiViewTilePipeline
@@ -23,10 +23,10 @@ def test_python_runs(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    MultiViewTilePipeline(**multiview_components(), view_size=16).save_pretrained("zero123plus")
+    pipe = MultiViewTilePipeline(**multiview_components(), view_size=16)
+    pipe.save_pretrained("zero123plus")
     make_controlnet(multiview_components()["unet"]).save_pretrained("controlnet")
-    layers = random_lora(multiview_components()["unet"], 0, ["to_q", "to_v"])
-    MultiViewTilePipeline.save_lora_weights("my-lora", unet_lora_layers=layers)
+    save(adapt(pipe, ["unet"]), "my-lora")
     train(tmp_path)
     program = "\n".join(blocks("python", TEXT))
     program = program.replace("sudo-ai/zero123plus-v1.2", "zero123plus")

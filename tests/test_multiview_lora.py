@@ -3,6 +3,7 @@ what is this pipeline's own. Its `LoraMemoryTesterMixin`: test_multiview_memory.
 
 import copy
 import logging
+from contextlib import contextmanager
 from itertools import product
 
 import numpy as np
@@ -90,6 +91,16 @@ def assert_same(a, b) -> None:
 def assert_all_differ(*tiles) -> None:
     for index, a in enumerate(tiles):
         assert not any(torch.allclose(a, b, atol=1e-3, rtol=1e-3) for b in tiles[index + 1 :])
+
+
+@contextmanager
+def warnings_of_the_loader(caplog):
+    """diffusers keeps its log to itself, at a level that is the same for the whole process."""
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.WARNING, logger=logger.name):
+        yield
+    logger.removeHandler(caplog.handler)
 
 
 def check_scale(pipe, base) -> None:
@@ -223,12 +234,10 @@ def test_logs_info_when_no_lora_keys_found(pipe, base, caplog):
     nothing = {"lora_foo": torch.tensor(2.0), "lora_bar": torch.tensor(3.0)}
     pipe.load_lora_weights(dict(nothing))
     assert_same(draw(pipe), base)
-    logger = logging.getLogger("diffusers.loaders.lora_base")
-    logger.addHandler(caplog.handler)
-    pipe.load_lora_into_text_encoder(
-        nothing, network_alphas=None, text_encoder=pipe.text_encoder, prefix="text_encoder"
-    )
-    logger.removeHandler(caplog.handler)
+    with warnings_of_the_loader(caplog):
+        pipe.load_lora_into_text_encoder(
+            nothing, network_alphas=None, text_encoder=pipe.text_encoder, prefix="text_encoder"
+        )
     assert "No LoRA keys associated to CLIPTextModel" in caplog.text
 
 
@@ -330,10 +339,8 @@ def test_wrong_adapter_name_raises_error(pipe, several):
 
 def test_multiple_wrong_adapter_name_raises_error(pipe, several, caplog):
     """diffusers warns of components that there are not, and goes on."""
-    logger = logging.getLogger("diffusers.loaders.lora_base")
-    logger.addHandler(caplog.handler)
-    pipe.set_adapters("one", {"foo": 0.0, "bar": 0.0})
-    logger.removeHandler(caplog.handler)
+    with warnings_of_the_loader(caplog):
+        pipe.set_adapters("one", {"foo": 0.0, "bar": 0.0})
     assert "not part of the pipeline: ['bar', 'foo']" in caplog.text
     assert_same(draw(pipe), several["one"])
 

@@ -103,10 +103,8 @@ class SelfContainedMixin:
             InputError: If LoRA weights are loaded: the folder would be without the weights below them.
         """
         _refuse_adapters(self)
-        for name, part in self.components.items():
-            if (
-                part is not None and self.config[name][0] is None
-            ):  # assigned where there was none: diffusers leaves it out
+        for name, part in self.components.items():  # diffusers leaves out what was assigned where there was nothing
+            if part is not None and self.config[name][0] is None:
                 self.register_modules(**{name: part})
         folder = Path(save_directory)
         hub_names = ("repo_id", "commit_message", "private", "token", "create_pr")

@@ -35,6 +35,7 @@ from one2345pp.geometry.render import contact_sheet, orbit, render
 
 
 METHODS = ("reconstruct", "generate", "hull", "silhouette")
+INPUT_ELEVATION = 10.0  # degrees
 
 
 def main() -> None:
@@ -66,7 +67,9 @@ def parse_arguments() -> argparse.Namespace:
         "--shard", type=shard, default=(0, 1), metavar="I/N", help="every N-th object from the I-th, meshes only"
     )
     parser.add_argument("--sheets", type=int, default=12, help="objects on contact sheets, about")
-    parser.add_argument("--input-elevation", type=float, default=10.0, metavar="DEG", help="of the image's camera")
+    parser.add_argument(
+        "--input-elevation", type=float, default=INPUT_ELEVATION, metavar="DEG", help="of the image's camera"
+    )
     parser.add_argument(
         "--elevation",
         choices=("estimated", "told", "unknown"),
@@ -120,7 +123,7 @@ def rig_for(name: str, object_name: str) -> CameraRig:
 
 
 def true_pictures(
-    mesh: trimesh.Trimesh, rig: CameraRig, size: int, elevation: float
+    mesh: trimesh.Trimesh, rig: CameraRig, size: int, elevation: float = INPUT_ELEVATION
 ) -> tuple[Image.Image, list[Image.Image]]:
     """The input image, and the views of the rig, both RGBA."""
     views = [Image.fromarray(view) for view in render(mesh, rig, size)]

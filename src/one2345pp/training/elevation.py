@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from ..data.prepare import NADIR
 from ..errors import InputError
 from ..geometry.render import contact_sheet
 from ..models.elevation import ElevationEstimator
-from .loop import step_generator, train
+from .loop import log_validation, step_generator, train
 
 
 DEFAULTS = {
@@ -116,9 +115,7 @@ class ElevationObjective:
         rows = [[pictures[i].numpy() for i in shown[j : j + SHEET]] for j in range(0, len(shown), SHEET)]
         contact_sheet(rows, 128).save(path)
         guess = (elevations.median() - elevations).abs().mean().item()  # of somebody who does not look
-        figures = {"degrees": errors.abs().mean().item(), "degrees_of_the_median": guess}
-        with open(path.with_name("validation.jsonl"), "a") as log:
-            log.write(json.dumps({"step": int(path.stem.split("-")[-1]), **figures}) + "\n")
+        log_validation(path, degrees=errors.abs().mean().item(), degrees_of_the_median=guess)
 
     def save(self, modules: nn.ModuleDict, output: Path) -> None:
         """`elevation_estimator/`."""

@@ -198,6 +198,12 @@ def train(
     logger.info("%s: %d steps, %.1f minutes", output, step, elapsed / 60)
 
 
+def log_validation(preview: Path, **figures: float) -> None:
+    """Add figures to the `validation.jsonl` beside a preview, at the preview's step."""
+    with open(preview.with_name("validation.jsonl"), "a") as log:
+        log.write(json.dumps({"step": int(preview.stem.split("-")[-1]), **figures}) + "\n")
+
+
 def _precision(config: dict, device: str) -> str:
     """accelerate's name of the number format; bf16 by default where the run will be on CUDA."""
     if config["mixed_precision"] != "auto":

@@ -12,7 +12,7 @@ from ..geometry.render import contact_sheet
 from ..models.condition_encoder import ConditionEncoder
 from ..models.unet_occupancy import OccupancyUNet3DModel
 from . import volume
-from .loop import step_generator
+from .loop import log_validation, step_generator
 from .views import SampleBatch
 from .volume import VolumeObjective
 
@@ -72,7 +72,7 @@ class OccupancyObjective(VolumeObjective):
                 shades = [grid[0, 0].float().mean(axis).T.flip(0) for grid in (target, prediction) for axis in range(3)]
                 rows.append([(255 * (1 - s / s.max().clamp(min=1e-3))).byte().numpy() for s in shades])
         contact_sheet(rows, 128).save(path)
-        self.log_validation(path, shell_iou=sum(ious) / len(ious))
+        log_validation(path, shell_iou=sum(ious) / len(ious))
 
 
 class OccupancyPrediction:

@@ -13,7 +13,7 @@ from ..models.condition_encoder import project_pixels
 from ..models.sparse import SparseGrid
 from ..models.unet_sparse import SparseUNet3DModel
 from . import volume
-from .loop import step_generator
+from .loop import log_validation, step_generator
 from .occupancy import OccupancyPrediction, shell_occupancy
 from .views import SampleBatch
 from .volume import VolumeObjective
@@ -132,7 +132,7 @@ class SparseObjective(VolumeObjective):
             if index < 6:
                 rows.append(_slices(batch["grid"], batch["target"]) + _slices(batch["grid"], prediction))
         contact_sheet(rows, 128).save(path)
-        self.log_validation(path, **{name: sum(values) / len(values) for name, values in figures.items()})
+        log_validation(path, **{name: sum(values) / len(values) for name, values in figures.items()})
 
     def _one_step(self, modules: nn.ModuleDict, sample: SampleBatch, levels: Tensor | None, generator) -> tuple:
         """Batch and prediction, `[N, 4]`, of one held-out sample from pure noise."""

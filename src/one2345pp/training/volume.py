@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -102,11 +101,6 @@ class VolumeObjective:
         count = min(len(self.validation), count)
         for index in range(count):
             yield training_views.SampleBatch([self.validation[index * len(self.validation) // count]], still, generator)
-
-    def log_validation(self, preview: Path, **figures: float) -> None:
-        """Add figures to the `validation.jsonl` beside a preview, at the preview's step."""
-        with open(preview.with_name("validation.jsonl"), "a") as log:
-            log.write(json.dumps({"step": int(preview.stem.split("-")[-1]), **figures}) + "\n")
 
     def save(self, modules: nn.ModuleDict, output: Path) -> None:
         """`STAGE_condition/` and `STAGE_unet/`."""

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import multiview_components
+from diffusers import TorchAoConfig
+from diffusers.quantizers import PipelineQuantizationConfig
 from PIL import Image
 
 from one2345pp import InputError, MultiViewTilePipeline, One2345PlusPlusPipeline
@@ -97,12 +99,21 @@ def test_from_pipe_shares_the_parts(pipe, tiny_chain, base):
     assert One2345PlusPlusPipeline.from_pipe(tiny_chain).occupancy_unet is tiny_chain.occupancy_unet
 
 
-@needs_gpu
 def test_quantised_unet(pipe, base, tmp_path):
-    """A quantisation config goes through `from_pretrained`."""
-    pytest.importorskip("bitsandbytes")
-    from diffusers.quantizers import PipelineQuantizationConfig
+    """Oracle: loaded with a quantisation config, the UNet's matrices are int8 and the tiles near those of the plain one."""
+    torchao = pytest.importorskip("torchao.quantization")
+    config = PipelineQuantizationConfig(quant_mapping={"unet": TorchAoConfig(torchao.Int8WeightOnlyConfig())})
+    pipe.save_pretrained(tmp_path)
+    loaded = MultiViewTilePipeline.from_pretrained(tmp_path, quantization_config=config)
+    loaded.set_progress_bar_config(disable=True)
+    matrices = [module.weight for module in loaded.unet.modules() if isinstance(module, torch.nn.Linear)]
+    assert {type(matrix).__name__ for matrix in matrices} == {"Int8Tensor"}
+    assert 0 < (draw(loaded) - base).abs().mean() < 0.01
 
+
+@needs_gpu
+def test_unet_quantised_by_bitsandbytes(pipe, base, tmp_path):
+    pytest.importorskip("bitsandbytes")
     pipe.save_pretrained(tmp_path)
     config = PipelineQuantizationConfig(
         quant_backend="bitsandbytes_8bit", quant_kwargs={"load_in_8bit": True}, components_to_quantize=["unet"]

@@ -8,7 +8,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
 from conftest import multiview_components
 from diffusers.hooks import apply_group_offloading
@@ -77,19 +77,38 @@ def check_places(pipe, device: str, hook: type) -> None:
 # --- whole models and single layers ----------------------------------------------------------------------------------
 
 
-@needs_gpu
+def offload_models(pipe) -> None:
+    """Bring each model when it is needed, and send it away when the next one is."""
+    if GPU:
+        pipe.enable_model_cpu_offload(device="cuda")
+        return
+    pipe.remove_all_hooks()  # what diffusers does, with the CPU as the device
+    hook = None
+    for name in pipe.model_cpu_offload_seq.split("->"):
+        _, hook = cpu_offload_with_hook(modules(pipe)[name], DEVICE, prev_module_hook=hook)
+
+
+def offload_layers(pipe) -> None:
+    """Bring each layer's weights when it is needed."""
+    if GPU:
+        pipe.enable_sequential_cpu_offload(device="cuda")
+        return
+    pipe.remove_all_hooks()
+    for model in modules(pipe).values():
+        cpu_offload(model, DEVICE)
+
+
 def test_model_cpu_offload_forward_pass(pipe, base):
-    """Oracle: the tiles that the CPU draws; afterwards every model is back."""
-    pipe.enable_model_cpu_offload(device="cuda")
-    assert pipe._execution_device.type == "cuda"
+    """Oracle: the tiles of the plain pipeline; afterwards every model is back."""
+    offload_models(pipe)
+    assert pipe._execution_device.type == DEVICE.type
     assert_same(draw(pipe), base)
     check_places(pipe, "cpu", CpuOffload)
 
 
-@needs_gpu
 def test_cpu_offload_forward_pass_twice(pipe, base):
     for _ in range(2):
-        pipe.enable_model_cpu_offload()
+        offload_models(pipe)
         assert_same(draw(pipe), base)
     check_places(pipe, "cpu", CpuOffload)
 
@@ -112,20 +131,15 @@ def test_model_cpu_offload_order(pipe):
 
 def test_sequential_cpu_offload_forward_pass(pipe, base):
     """Oracle: the tiles of the plain pipeline; afterwards no weight is left loaded, although the write pass ends early."""
-    if GPU:
-        pipe.enable_sequential_cpu_offload(device="cuda")
-    else:
-        for model in modules(pipe).values():
-            cpu_offload(model, DEVICE)
+    offload_layers(pipe)
     assert pipe._execution_device.type == DEVICE.type
     assert_same(draw(pipe), base)
     check_places(pipe, "meta", AlignDevicesHook)
 
 
-@needs_gpu
 def test_sequential_offload_forward_pass_twice(pipe, base):
     for _ in range(2):
-        pipe.enable_sequential_cpu_offload(device="cuda")
+        offload_layers(pipe)
         assert_same(draw(pipe), base)
     check_places(pipe, "meta", AlignDevicesHook)
 
@@ -186,14 +200,19 @@ def test_group_offloading_inference(pipe, base, group):
     assert_same(draw(pipe), base)
 
 
-@needs_gpu
-def test_pipeline_level_group_offloading_sanity_checks(pipe):
-    """Oracle: the model that is left out is on the GPU, the others are not."""
+def test_pipeline_level_group_offloading_sanity_checks(pipe, base):
+    """Oracle: the model that is left out is where the tiles are drawn, without hooks; the others have theirs, and lie on the CPU."""
     pipe.enable_group_offload(
-        onload_device="cuda", offload_device="cpu", offload_type="leaf_level", exclude_modules="text_encoder"
+        onload_device=DEVICE,
+        offload_device=torch.device("cpu"),
+        offload_type="leaf_level",
+        exclude_modules="text_encoder",
     )
     for name, model in modules(pipe).items():
-        assert next(model.parameters()).device.type == ("cuda" if name == "text_encoder" else "cpu")
+        left_out = name == "text_encoder"
+        assert grouped(model) != left_out
+        assert next(model.parameters()).device.type == (DEVICE.type if left_out else "cpu")
+    assert_same(draw(pipe), base)
 
 
 def test_pipeline_level_group_offloading_inference(pipe, base):

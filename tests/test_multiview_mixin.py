@@ -308,6 +308,11 @@ def test_save_load_float16(pipe, tmp_path):
     assert_same(draw(loaded), tile, 1e-2)
 
 
+def test_to_device_moves_every_part(pipe):
+    pipe.to("meta")
+    assert {part.device.type for part in pipe.components.values() if isinstance(part, torch.nn.Module)} == {"meta"}
+
+
 @needs_gpu
 def test_to_device(pipe, base):
     """Oracle: the tile that the CPU draws, from parts that are all on the GPU, and after going back."""

@@ -45,6 +45,23 @@ def test_weights_are_half_on_disk_and_float_in_memory():
     assert str(pipe.unet.dtype) == str(pipe.occupancy_unet.dtype) == "torch.float32"
 
 
+def test_a_picture_says_how_high_it_looks():
+    """Oracle: named shapes, which no network was trained on, drawn from the horizon and from 35 degrees above it."""
+    from one2345pp import CameraRig, One2345PlusPlusPipeline
+    from one2345pp.data.shapes import SHAPES, shape
+    from one2345pp.geometry.render import render
+    from one2345pp.pipelines.elevations import find_elevations
+
+    pipe = One2345PlusPlusPipeline.from_pretrained(FOLDER)
+    found = []
+    for elevation in (0.0, 35.0):
+        camera = CameraRig.from_angles([0.0], elevation, 0.6, 1.8)
+        pictures = [Image.fromarray(render(shape(name), camera, 128)[0]) for name in SHAPES]
+        found.append(find_elevations(pipe.elevation_estimator, pictures, None, pipe.device))
+    low, high = np.array(found)
+    assert np.mean(high - low) > 12 and np.mean(high > low) >= 0.8
+
+
 def test_any_diffusers_program_loads_it(fresh_python):
     code = """
 import sys

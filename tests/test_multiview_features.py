@@ -101,7 +101,7 @@ def test_from_pipe_shares_the_parts(pipe, tiny_chain, base):
 
 def test_quantised_unet(pipe, base, tmp_path):
     """Oracle: loaded with a quantisation config, the UNet's matrices are int8 and the tiles near those of the plain one."""
-    torchao = pytest.importorskip("torchao.quantization")
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is optional")
     config = PipelineQuantizationConfig(quant_mapping={"unet": TorchAoConfig(torchao.Int8WeightOnlyConfig())})
     pipe.save_pretrained(tmp_path)
     loaded = MultiViewTilePipeline.from_pretrained(tmp_path, quantization_config=config)

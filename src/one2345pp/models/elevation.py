@@ -12,6 +12,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from ..errors import InputError
+
 
 GRID = 4  # cells along a side that features are averaged in before the last layer
 
@@ -20,7 +22,7 @@ class ElevationEstimator(ModelMixin, ConfigMixin):
     """A small residual network over an RGBA picture of one object, with a probability for each of some elevations.
 
     Args:
-        image_size: Side of the pictures in pixels.
+        image_size: Side of the pictures in pixels, a multiple of `GRID` times what the levels shrink it by.
         block_out_channels: Width of each level; every level after the first halves the sides, as the stem does.
         low, high: First and last of the elevations, in degrees above the horizon.
         step: Degrees from one to the next.
@@ -40,6 +42,10 @@ class ElevationEstimator(ModelMixin, ConfigMixin):
         dropout: float = 0.3,
     ):
         super().__init__()
+        if image_size % (smallest := GRID * 2 ** len(block_out_channels)):
+            raise InputError(
+                f"image_size: got {image_size}, expected a multiple of {smallest} for {len(block_out_channels)} levels."
+            )
         widths = [block_out_channels[0], *block_out_channels]
         self.conv_in = nn.Conv2d(4, widths[0], 4, stride=2, padding=1)
         self.blocks = nn.ModuleList(
@@ -66,8 +72,8 @@ class ElevationEstimator(ModelMixin, ConfigMixin):
         x = self.conv_in(x.to(self.dtype))
         for block in self.blocks:
             x = block(x)
-        x = F.adaptive_avg_pool2d(F.silu(self.norm_out(x)), GRID)
-        return self.proj_out(self.drop(x.flatten(1)))
+        cells = F.silu(self.norm_out(x)).unflatten(3, (GRID, -1)).unflatten(2, (GRID, -1))  # [B, C, GRID, h, GRID, w]
+        return self.proj_out(self.drop(cells.mean((3, 5)).flatten(1)))
 
     def estimate(
         self,

@@ -77,16 +77,20 @@ def multiview_components() -> dict:
     }
 
 
+def build_multiview(components: dict | None = None, **settings):
+    """A stage 1 pipeline of these components, by default those of `multiview_components`; quiet, two steps a call."""
+    from one2345pp import MultiViewTilePipeline
+
+    settings = {"view_size": 16, "default_num_inference_steps": 2} | settings
+    pipe = MultiViewTilePipeline(**(components or multiview_components()), **settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.fixture
 def tiny_multiview():
     """Stage 1 with random weights."""
-    from one2345pp import MultiViewTilePipeline
-
-    pipe = MultiViewTilePipeline(
-        **multiview_components(), ramping_coefficients=[0.1, 0.2, 0.3, 0.4], view_size=16, default_num_inference_steps=2
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return build_multiview(ramping_coefficients=[0.1, 0.2, 0.3, 0.4])
 
 
 def volume_components() -> dict:

@@ -55,6 +55,7 @@ def test_targets_average_to_the_elevation():
     assert estimator.bins.tolist() == list(range(-15, 46, 5))
     elevations = torch.tensor([-15.0, -10.0, 3.2, 12.5, 45.0])
     targets = estimator.targets(elevations)
+    assert torch.equal(estimator.targets(torch.tensor([60.0])), targets[-1:])
     assert torch.allclose(targets @ estimator.bins, elevations, atol=1e-5)
     assert torch.allclose(targets.sum(1), torch.ones(5)) and (targets > 0).sum(1).tolist() == [1, 1, 2, 2, 1]
 

@@ -1,12 +1,10 @@
 """What diffusers offers around a pipeline, on stage 1: it works, or it is refused. The table: docs/multiview.md; where weights
 lie: test_multiview_memory."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
-from conftest import multiview_components
+from conftest import build_multiview
 from diffusers import TorchAoConfig
 from diffusers.quantizers import PipelineQuantizationConfig
 from PIL import Image
@@ -18,16 +16,9 @@ PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3),
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes needs a GPU, and there is none")
 
 
-@pytest.fixture(scope="module")
-def components():
-    return multiview_components()
-
-
 @pytest.fixture
-def pipe(components):
-    pipe = MultiViewTilePipeline(**copy.deepcopy(components), view_size=16, default_num_inference_steps=2)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def pipe():
+    return build_multiview()
 
 
 def draw(pipe) -> torch.Tensor:
@@ -37,10 +28,8 @@ def draw(pipe) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def base(components) -> torch.Tensor:
-    pipe = MultiViewTilePipeline(**copy.deepcopy(components), view_size=16, default_num_inference_steps=2)
-    pipe.set_progress_bar_config(disable=True)
-    return draw(pipe)
+def base() -> torch.Tensor:
+    return draw(build_multiview())
 
 
 CHANGES_NOTHING = {

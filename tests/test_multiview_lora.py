@@ -1,7 +1,6 @@
 """LoRA weights on stage 1 and on the chain: what diffusers' `LoraTesterMixin` and `UNetLoraTesterMixin` check, under their names, and
 what is this pipeline's own. Its `LoraMemoryTesterMixin`: test_multiview_memory."""
 
-import copy
 import logging
 from contextlib import contextmanager
 from itertools import product
@@ -9,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from conftest import multiview_components
+from conftest import build_multiview
 from PIL import Image
 
 from one2345pp import InputError, MultiViewTilePipeline
@@ -32,26 +31,18 @@ def any_peft():
     patch.undo()
 
 
-@pytest.fixture(scope="module")
-def components() -> dict:
-    return multiview_components()
-
-
 @pytest.fixture
-def pipe(components) -> MultiViewTilePipeline:
-    return build(copy.deepcopy(components))
+def pipe() -> MultiViewTilePipeline:
+    return build()
 
 
 @pytest.fixture(scope="module")
-def base(components) -> torch.Tensor:
-    return draw(build(components))
+def base() -> torch.Tensor:
+    return draw(build())
 
 
-def build(components: dict) -> MultiViewTilePipeline:
-    ramp = [0.1, 0.2, 0.3, 0.4]
-    pipe = MultiViewTilePipeline(**components, ramping_coefficients=ramp, view_size=16, default_num_inference_steps=2)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def build() -> MultiViewTilePipeline:
+    return build_multiview(ramping_coefficients=[0.1, 0.2, 0.3, 0.4])
 
 
 def adapt(pipe, names=tuple(TARGETS), adapter="default", **config) -> dict:
@@ -250,11 +241,11 @@ def test_lora_adapter_metadata_is_loaded_correctly(pipe, tmp_path, lora_alpha):
 
 
 @pytest.mark.parametrize("lora_alpha", [4, 8, 16])
-def test_lora_adapter_metadata_save_load_inference(pipe, components, base, tmp_path, lora_alpha):
+def test_lora_adapter_metadata_save_load_inference(pipe, base, tmp_path, lora_alpha):
     """Oracle: the tile, which alpha changes, so what was saved has it."""
     save(adapt(pipe, lora_alpha=lora_alpha), tmp_path, metadata=True)
     full = draw(pipe)
-    fresh = build(copy.deepcopy(components))
+    fresh = build()
     fresh.load_lora_weights(tmp_path)
     assert_all_differ(full, base)
     assert_same(draw(fresh), full)

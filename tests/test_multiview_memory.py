@@ -3,14 +3,12 @@
 On a machine without a GPU the same hooks are put on with the CPU as their device, where diffusers allows that.
 """
 
-import copy
-
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
-from conftest import multiview_components
+from conftest import build_multiview
 from diffusers.hooks import apply_group_offloading
 from PIL import Image
 
@@ -31,25 +29,14 @@ groups = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module")
-def components() -> dict:
-    return multiview_components()
-
-
 @pytest.fixture
-def pipe(components) -> MultiViewTilePipeline:
-    return build(copy.deepcopy(components))
+def pipe() -> MultiViewTilePipeline:
+    return build_multiview()
 
 
 @pytest.fixture(scope="module")
-def base(components) -> torch.Tensor:
-    return draw(build(copy.deepcopy(components)))
-
-
-def build(components: dict) -> MultiViewTilePipeline:
-    pipe = MultiViewTilePipeline(**components, view_size=16, default_num_inference_steps=2)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def base() -> torch.Tensor:
+    return draw(build_multiview())
 
 
 def draw(pipe) -> torch.Tensor:
@@ -226,10 +213,10 @@ def test_pipeline_level_group_offloading_inference(pipe, base):
 
 
 @pytest.fixture
-def lora(components, tmp_path) -> tuple:
+def lora(tmp_path) -> tuple:
     """A folder with a LoRA of the UNet, and the tiles with it."""
     peft = pytest.importorskip("peft")
-    pipe = build(copy.deepcopy(components))
+    pipe = build_multiview()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipe.unet.add_adapter(

@@ -1,13 +1,12 @@
 """What diffusers' `PipelineTesterMixin` checks, on stage 1 and under its names; most say more than a shape. Its LoRA mixins:
 test_multiview_lora; its memory mixins: test_multiview_memory."""
 
-import copy
 import inspect
 
 import numpy as np
 import pytest
 import torch
-from conftest import multiview_components
+from conftest import build_multiview, multiview_components
 from PIL import Image
 
 from one2345pp import InputError, MultiViewTilePipeline
@@ -24,19 +23,13 @@ def components() -> dict:
 
 
 @pytest.fixture
-def pipe(components) -> MultiViewTilePipeline:
-    return build(**copy.deepcopy(components))
+def pipe() -> MultiViewTilePipeline:
+    return build_multiview()
 
 
 @pytest.fixture(scope="module")
-def base(components) -> torch.Tensor:
-    return draw(build(**components))
-
-
-def build(**components) -> MultiViewTilePipeline:
-    pipe = MultiViewTilePipeline(**components, view_size=16, default_num_inference_steps=2)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def base() -> torch.Tensor:
+    return draw(build_multiview())
 
 
 def seed(value: int = 0) -> torch.Generator:
@@ -166,8 +159,8 @@ def test_callback_cfg(pipe):
 def test_encode_prompt_works_in_isolation(components, texts):
     """Oracle: what a pipeline of the text encoder alone makes of the texts gives, in one without it, the tiles of the whole."""
     text = {"text_encoder", "tokenizer"}
-    encoder = build(**{name: part if name in text else None for name, part in components.items()})
-    rest = build(**{name: None if name in text else part for name, part in components.items()})
+    encoder = build_multiview({name: part if name in text else None for name, part in components.items()})
+    rest = build_multiview({name: None if name in text else part for name, part in components.items()})
     prompts = ["a", "a a"]
     positive, negative = encoder.encode_prompt(prompts, texts.get("negative_prompt"))
     assert positive.shape == negative.shape == (2, 4, 8) and differs(positive[0], positive[1])
@@ -175,10 +168,18 @@ def test_encode_prompt_works_in_isolation(components, texts):
     def pair(pipe, **kwargs) -> torch.Tensor:
         return draw(pipe, PICTURES, generator=[seed(1), seed(2)], **texts | kwargs)
 
-    whole = pair(build(**components), prompt=prompts)
-    assert differs(whole, pair(build(**components), prompt=""))
+    whole = pair(build_multiview(components), prompt=prompts)
+    assert differs(whole, pair(build_multiview(components), prompt=""))
     embeds = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
     assert_same(pair(rest, prompt=None, negative_prompt=None, **embeds), whole)
+
+
+def test_texts_may_be_a_tuple(pipe):
+    generators = [[seed(1), seed(2)] for _ in range(2)]
+    as_list, as_tuple = (
+        draw(pipe, PICTURES, prompt=kind(["a", "aa"]), generator=generators.pop()) for kind in (list, tuple)
+    )
+    assert torch.equal(as_list, as_tuple)
 
 
 def test_one_side_may_be_text(pipe):
@@ -196,6 +197,7 @@ def test_one_side_may_be_text(pipe):
         ({"prompt": "", "prompt_embeds": torch.zeros(2, 4, 8)}, "one an image"),
         ({"prompt": "", "prompt_embeds": torch.zeros(1, 4, 9)}, "cross_attention_dim"),
         ({"prompt": "", "prompt_embeds": torch.zeros(4, 8)}, "expected 1"),
+        ({"prompt": "", "prompt_embeds": torch.zeros(1, 3, 8)}, r"got \[3, 4\] tokens"),
         ({"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, 4, 8)}, "negative_prompt, "),
     ],
 )
@@ -205,7 +207,7 @@ def test_unusable_embeds_are_refused(pipe, arguments, message):
 
 
 def test_text_without_encoder_is_refused(components):
-    pipe = build(**(components | {"text_encoder": None, "tokenizer": None}))
+    pipe = build_multiview(components | {"text_encoder": None, "tokenizer": None})
     with pytest.raises(InputError, match="prompt_embeds"):
         draw(pipe)
 
@@ -238,7 +240,7 @@ def test_save_load_optional_components(pipe, base, tmp_path):
 def test_components_function(pipe, components, base):
     """Oracle: the components are those that were given, and rebuild the pipeline."""
     assert set(pipe.components) == {*components, "controlnet"}
-    again = build(**pipe.components)
+    again = build_multiview(pipe.components)
     assert all(again.components[name] is part for name, part in pipe.components.items())
     assert_same(draw(again), base, 1e-6)
 
@@ -284,12 +286,14 @@ def test_to_dtype(pipe):
     assert set(dtypes(pipe.to(dtype=torch.float16)).values()) == {torch.float16}
 
 
-def test_torch_dtype_dict(pipe, tmp_path):
-    """Oracle: the component that is named has its own format, the others the default; and the pipeline draws."""
+def test_torch_dtype_dict(pipe, base, tmp_path):
+    """Oracle: the component that is named has its own format, the others the default; together they draw nearly the tile in whole
+    precision."""
     pipe.save_pretrained(tmp_path)
     loaded = load(tmp_path, torch_dtype={"unet": torch.float32, "default": torch.bfloat16})
     found = dtypes(loaded)
     assert found.pop("unet") == torch.float32 and set(found.values()) == {torch.bfloat16}
+    assert (draw(loaded).float() - base).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -88,7 +88,8 @@ class ElevationEstimator(ModelMixin, ConfigMixin):
         self,
         elevations: Tensor,  # [B] degrees
     ) -> Tensor:
-        """Probabilities with these expected elevations, each on its two nearest bins, `[B, N]`."""
+        """Probabilities with these expected elevations, each on its two nearest bins, `[B, N]`; beyond the bins, on the last."""
+        elevations = elevations.clamp(self.config.low, self.config.high)
         distance = (elevations[:, None] - self.bins.to(elevations)).abs() / self.config.step
         return (1 - distance).clamp(min=0)
 

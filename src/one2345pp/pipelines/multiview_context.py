@@ -83,12 +83,12 @@ class ContextMixin:
             `[B * n, L, D]`, or `[2 * B * n, L, D]` (negative first) with guidance.
         """
         sides = [negative_prompts, prompts] if self.do_classifier_free_guidance else [prompts]
-        texts = [text for side in sides if isinstance(side, list) for text in side]
+        texts = [text for side in sides if not isinstance(side, Tensor) for text in side]
         encoded = iter(self.encode_texts(texts, lora_scale).split(len(images)) if texts else ())
-        sides = [
-            next(encoded) if isinstance(side, list) else side.to(self._execution_device, self.unet.dtype)
-            for side in sides
-        ]
+        sides = [side if isinstance(side, Tensor) else next(encoded) for side in sides]
+        if len(lengths := {side.shape[1] for side in sides}) > 1:
+            raise InputError(f"prompt_embeds, negative_prompt_embeds: got {sorted(lengths)} tokens, expected as many.")
+        sides = [side.to(self._execution_device, self.unet.dtype) for side in sides]
         sides[-1] = sides[-1] + self.ramp(sides[-1].shape[1]).to(sides[-1]) * self.encode_image(images).to(sides[-1])
         return torch.cat(sides).repeat_interleave(num_images_per_prompt, 0)
 

@@ -215,7 +215,8 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """VAE latents (times the scaling factor) to pixels in [-1, 1], `[B * n, 3 or 4, height, width]`, see `vae`."""
-        return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0] / IMAGE_SCALE
+        latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return self.vae.decode(latents, return_dict=False)[0] / IMAGE_SCALE
 
     split_views = staticmethod(split_views)
 

@@ -388,8 +388,10 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             meshes = [finish_mesh(mesh, max_faces, watertight) for mesh in coarse_meshes]
 
         # 7. The front keeps the proportions that a picture of known elevation shows
-        known = [degrees is not None for degrees in elevations]
-        meshes = [stretch(m, fit.factors) if told else m for m, fit, told in zip(meshes, fits, known, strict=True)]
+        meshes = [
+            mesh if degrees is None else stretch(mesh, fit.factors)
+            for mesh, fit, degrees in zip(meshes, fits, elevations, strict=True)
+        ]
 
         # 8. Output
         self.maybe_free_model_hooks()

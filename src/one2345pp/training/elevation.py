@@ -134,9 +134,8 @@ def to_size(pictures: Tensor, size: int) -> Tensor:
     pictures = pictures.movedim(-1, 1).float() / 255
     if pictures.shape[-1] != size:
         alpha = pictures[:, 3:]
-        whole = torch.cat(
-            [pictures[:, :3] * alpha, alpha], 1
-        )  # premultiplied, so that transparent colours do not bleed
+        # Premultiplied, so that colours of transparent pixels do not bleed into the edge.
+        whole = torch.cat([pictures[:, :3] * alpha, alpha], 1)
         whole = F.interpolate(whole, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
         pictures = torch.cat([whole[:, :3] / whole[:, 3:].clamp(min=1e-3), whole[:, 3:]], 1).clamp(0, 1)
     return pictures

@@ -37,6 +37,7 @@ def assemble(
     drawn_volume: dict | None = None,
     texture: dict | None = None,
     candidates: int = 1,
+    tell_kinds: bool = False,
     sign_step_threshold: float | None = None,
     card: Path | None = None,
     dtype: torch.dtype = torch.float16,
@@ -54,6 +55,7 @@ def assemble(
         drawn_volume: Those that are others for views that the first stage drew.
         texture: Scalar arguments of `TextureRefinementPipeline`.
         candidates: `default_num_candidates` of the chain.
+        tell_kinds: Of the chain: the volume networks learnt with the views that this first stage draws.
         sign_step_threshold: Of the occupancy scheduler; LAS-Diffusion has 0.7, the small checkpoint does better without on `val`.
         card: Model card, copied as `README.md`.
         dtype: Of the weights on disk.
@@ -86,6 +88,7 @@ def assemble(
         third,
         drawn_volume_config=drawn_volume,
         default_num_candidates=candidates,
+        tell_kinds=tell_kinds,
         elevation_estimator=estimator,
     )
     chain.to(dtype=dtype)

@@ -20,6 +20,11 @@ RESOLUTION = 64  # cells along an edge of the shape that the masks leave
 AGREEMENT = 0.5
 
 
+def front_camera(rig: CameraRig, elevation: float) -> CameraRig:
+    """The camera of a placed picture, a rig of one: azimuth 0, as far away and with the same lens as the rig's first."""
+    return CameraRig.from_angles([0.0], elevation, rig.fov[0].item(), rig.positions[0].norm().item())
+
+
 def place_picture(
     picture: Image.Image,
     masks: np.ndarray | Tensor,  # [V, H, W]
@@ -49,7 +54,7 @@ def place_picture(
     seen = (masks >= 0.5).flatten(1).any(1)
     if not seen.any():
         raise InputError("views: their masks are empty. Check that they show the object.")
-    camera = CameraRig.from_angles([0.0], elevation, rig.fov[0].item(), rig.positions[0].norm().item())
+    camera = front_camera(rig, elevation)
     x, y, height = _expected_box(masks[seen], rig[seen], camera)
     side = (own_bottom - own_top) / height  # of the part of the picture that fills the view, in pixels
     left, top = (own_left + own_right) / 2 - side * x, (own_top + own_bottom) / 2 - side * y

@@ -22,6 +22,7 @@ from .unet_sparse import ProjectedPixels
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VIEW_FEATURES = ("local", "global", "none")
+GIVEN, DRAWN, PICTURE = VIEW_KINDS = ("given", "drawn", "picture")
 
 
 @dataclass
@@ -35,6 +36,8 @@ class ViewBatch:
         tan_half_fov: `[B, V]`
         present: `[B, V]` bool, false for padding.
         patches: Feature maps of a pre-trained encoder (DINOv2), `[B, V, C, h, w]`, or `None`.
+        kinds: What each view is, a number in `VIEW_KINDS`, `[B, V]` int64: a picture of the object that was given, one that a first
+            stage drew, or the input picture that it drew them of. `None`: all were given.
     """
 
     images: Tensor
@@ -42,6 +45,7 @@ class ViewBatch:
     tan_half_fov: Tensor
     present: Tensor
     patches: Tensor | None = None
+    kinds: Tensor | None = None
 
     @classmethod
     def make(cls, images: Tensor, rigs: list[CameraRig], patches: Tensor | None = None) -> ViewBatch:
@@ -56,6 +60,11 @@ class ViewBatch:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def kind_numbers(self) -> Tensor:
+        """`kinds`, or those of views that all were given."""
+        return torch.zeros_like(self.present, dtype=torch.long) if self.kinds is None else self.kinds
 
     def to(self, device) -> ViewBatch:
         return ViewBatch(*(None if value is None else value.to(device) for value in vars(self).values()))
@@ -140,6 +149,8 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         hidden_channels: Width of the shared MLP.
         pooling: `"max"` over views (the paper), or `"max_mean"` for both side by side.
         view_channels: 4 for RGBA, 7 with the views' normals, the paper's own future work.
+        view_kinds: Whether what kind each view is, see `ViewBatch`, is told: by a bias of each kind in the shared MLP, and the input
+            picture, the only view that is no guess where the others are, is not pooled with them but stands apart. Not of the paper.
         view_features: `"local"`, each voxel's projection (the paper); for ablations `"global"`, the mean over each whole view, the
             same for every voxel, or `"none"`, the voxel's place alone.
 
@@ -161,6 +172,7 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         pooling: str = "max",
         view_channels: int = 4,
         view_features: str = "local",
+        view_kinds: bool = False,
     ):
         super().__init__()
         if view_features not in VIEW_FEATURES:
@@ -173,7 +185,12 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         self.from_patches = nn.Conv2d(patch_channels, hidden_channels, 1, bias=False) if patch_channels else None
         self.shared = nn.Linear(hidden_channels, hidden_channels)
         pooled = hidden_channels * (2 if pooling == "max_mean" else 1)
-        self.project = nn.Linear(pooled + 3, channels[0])
+        # kinds and the picture come last and begin at zero, so that weights that were trained without begin as good as they were
+        self.kind_bias = nn.Embedding(len(VIEW_KINDS), 2 * hidden_channels) if view_kinds else None
+        self.project = nn.Linear(pooled + 3 + (hidden_channels if view_kinds else 0), channels[0])
+        if view_kinds:
+            nn.init.zeros_(self.kind_bias.weight)
+            nn.init.zeros_(self.project.weight[:, pooled + 3 :])
         down = SparseDownConv3d if sparse else _DenseDown
         self.down = nn.ModuleList(down(a, b) for a, b in zip(channels[:-1], channels[1:], strict=True))
 
@@ -191,21 +208,25 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
             points = cell_centers(grid.coords[:, 1:], self.config.resolution)
             pooled = [self.pool(maps, views, points[grid.sample_index == b], b) for b in range(len(views))]
             pooled = torch.cat(pooled)  # rows of a batch's grid are sorted by sample
-            levels = [F.relu(self.project(torch.cat([pooled, points.to(pooled.dtype)], -1)))]
+            levels = [F.relu(self._project(pooled, points))]
             for down in self.down:
                 levels.append(F.relu(down(levels[-1], grid)))
                 grid = grid.coarser
             return levels
         points, inside = self._grid_points(views.images.device)
         pooled = torch.stack([self.pool(maps, views, points, b) for b in range(len(views))])
-        points = points.to(pooled.dtype).expand(len(views), -1, -1)
-        features = F.relu(self.project(torch.cat([pooled, points], -1)))  # [B, P, C]
+        features = F.relu(self._project(pooled, points.expand(len(views), -1, -1)))  # [B, P, C]
         volume = features.new_zeros(len(views), len(inside), features.shape[-1])
         volume[:, inside] = features
         levels = [volume.mT.unflatten(-1, [self.config.resolution] * 3)]  # a view: channels last
         for down in self.down:
             levels.append(F.relu(down(levels[-1])))
         return levels
+
+    def _project(self, pooled: Tensor, points: Tensor) -> Tensor:
+        """Pooled features and places to the finest level's; the picture's features come last."""
+        views = pooled.shape[-1] - (self.config.hidden_channels if self.config.view_kinds else 0)
+        return self.project(torch.cat([pooled[..., :views], points.to(pooled.dtype), pooled[..., views:]], -1))
 
     def feature_maps(self, views: ViewBatch) -> list[Tensor]:
         """The MLP's first layer in image space: maps `[B, V, hidden, h, w]`, to be sampled and summed."""
@@ -225,10 +246,13 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
             if views.patches is None:
                 raise InputError("patches: this encoder needs patch features. Give the pipeline its patch_encoder.")
             maps.append(self.from_patches(views.patches.to(self.dtype).flatten(0, 1)))
-        return [m.unflatten(0, views.images.shape[:2]) for m in maps]
+        maps = [m.unflatten(0, views.images.shape[:2]) for m in maps]
+        if self.kind_bias is not None:
+            maps[0] = maps[0] + self.kind_bias(views.kind_numbers).chunk(2, -1)[0][..., None, None]
+        return maps
 
     def pool(self, maps: list[Tensor], views: ViewBatch, points: Tensor, index: int) -> Tensor:
-        """Sample, finish the MLP and pool over the views of one sample: `[P, 3] -> [P, pooled]`."""
+        """Sample, finish the MLP and pool over the views of one sample: `[P, 3] -> [P, pooled]`, then the picture's own if told."""
         present = views.present[index]
         if self.config.view_features == "none":
             return maps[0].new_zeros(len(points), self.project.in_features - 3)
@@ -238,9 +262,17 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         else:
             hidden = [m[index].mean((-2, -1))[..., None].expand(-1, -1, len(points)) for m in maps]
         hidden = hidden[0] if len(hidden) == 1 else sum(hidden)
-        hidden = F.relu(F.conv1d(F.relu(hidden), self.shared.weight[..., None], self.shared.bias))
-        if not present.all():
-            hidden = hidden[present]
+        hidden = F.conv1d(F.relu(hidden), self.shared.weight[..., None], self.shared.bias)
+        if self.kind_bias is None:
+            return self._pool_views(F.relu(hidden)[present])
+        kinds = views.kind_numbers[index]
+        hidden = F.relu(hidden + self.kind_bias(kinds).chunk(2, -1)[1][..., None])
+        is_picture = kinds == VIEW_KINDS.index(PICTURE)
+        picture = hidden[present & is_picture].sum(0)  # one at most; zero without
+        return torch.cat([self._pool_views(hidden[present & ~is_picture]), picture.mT], -1)
+
+    def _pool_views(self, hidden: Tensor) -> Tensor:
+        """`[V, hidden, P] -> [P, pooled]`"""
         pooled = hidden.amax(0)
         return (torch.cat([pooled, hidden.mean(0)]) if self.config.pooling == "max_mean" else pooled).mT
 

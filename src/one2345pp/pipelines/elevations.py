@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..geometry.cameras import CameraRig
 from ..geometry.framing import frame_object
 from ..geometry.placement import place_picture
+from ..models.condition_encoder import DRAWN, PICTURE
 from ..models.elevation import ElevationEstimator
 
 
@@ -58,10 +59,11 @@ def find_elevations(
 
 def add_picture(
     picture: Image.Image, views: list[Image.Image], rig: CameraRig, elevation: float | None
-) -> tuple[list[Image.Image], CameraRig]:
-    """The drawn views and, where its elevation is known, the picture as one more, with all their cameras."""
+) -> tuple[list[Image.Image], CameraRig, list[str]]:
+    """The drawn views and, where its elevation is known, the picture as one more, with all their cameras and kinds."""
+    kinds = [DRAWN] * len(views)
     if elevation is None:
-        return views, rig
+        return views, rig, kinds
     masks = np.stack([np.asarray(view)[..., 3] for view in views]) / 255
     placed, camera = place_picture(picture, masks, rig, elevation)
-    return [*views, placed], CameraRig.cat([rig, camera])
+    return [*views, placed], CameraRig.cat([rig, camera]), [*kinds, PICTURE]

@@ -78,6 +78,8 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         drawn_volume_config (`dict`, *optional*): Those of the volume stage that are others when its views are drawn and not given:
             views that do not quite agree may need a thicker surface or a wider support.
         default_num_candidates (`int`): Candidates of a call that does not say.
+        tell_kinds (`bool`): Whether the volume stage is told that its views are drawn, and which is the picture: for weights that
+            learnt with the views of this first stage. One that draws like true views does better without.
     """
 
     model_cpu_offload_seq = (
@@ -112,6 +114,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         texture_config: dict | None = None,
         drawn_volume_config: dict | None = None,
         default_num_candidates: int = 1,
+        tell_kinds: bool = False,
     ):
         super().__init__()
         self.register_modules(
@@ -141,6 +144,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             texture_config=dict(texture_config or {}),
             drawn_volume_config=dict(drawn_volume_config or {}),
             default_num_candidates=default_num_candidates,
+            tell_kinds=tell_kinds,
         )
 
     # --- stages -------------------------------------------------------------------------------------------------
@@ -154,6 +158,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         drawn_volume_config: dict | None = None,
         default_num_candidates: int = 1,
         elevation_estimator: ElevationEstimator | None = None,
+        tell_kinds: bool = False,
     ) -> One2345PlusPlusPipeline:
         """A chain that shares the components of its stages. Both image stages use the vision encoder of `multiview`."""
         texture = TextureRefinementPipeline() if texture is None else texture
@@ -172,6 +177,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             texture_config=_scalars(texture),
             drawn_volume_config=drawn_volume_config,
             default_num_candidates=default_num_candidates,
+            tell_kinds=tell_kinds,
         )
 
     @property
@@ -344,7 +350,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         # 4. Volume and mesh of each; one that fails does not stop the others
         volume, solids = self.drawn_volume, []
         for (picture, one, degrees), six in zip(tries, views, strict=True):
-            pictures, cameras = add_picture(picture, six, rig, degrees)
+            pictures, cameras, kinds = add_picture(picture, six, rig, degrees)
             try:
                 solid = volume(
                     pictures,
@@ -354,6 +360,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
                     num_sparse_steps=num_sparse_steps,
                     generator=one,
                     callback_on_step_end=callback_on_step_end,
+                    kinds=kinds if self.config.tell_kinds else None,
                 )
             except InputError as error:
                 solid = error

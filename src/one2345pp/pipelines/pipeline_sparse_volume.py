@@ -30,7 +30,7 @@ from .hub import SelfContainedMixin
 from .multiview_inputs import check_tensor_inputs
 from .pipeline_multiview_tile import composite_on_grey
 from .pipeline_output import SparseVolumePipelineOutput
-from .volume_inputs import RGBA, check_normals, check_views, encoder_views
+from .volume_inputs import RGBA, check_kinds, check_normals, check_views, encoder_views
 
 
 EXAMPLE_DOC_STRING = """
@@ -166,11 +166,12 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         rigs: list[CameraRig],
         condition: ConditionEncoder,
         normals: list[list[Image.Image]] | None = None,
+        kinds: list[list[str]] | None = None,
     ) -> ViewBatch:
         """Views as a batch for a condition encoder. RGB views are cut out of their plain background."""
         size, channels = condition.config.image_size, condition.config.view_channels
         normals = normals if channels > RGBA else None
-        batch = encoder_views(views, rigs, size, normals).to(self._execution_device)
+        batch = encoder_views(views, rigs, size, normals, kinds).to(self._execution_device)
         if self.patch_encoder is not None:
             batch.patches = patch_features(self.patch_encoder, batch.images)
         return batch
@@ -331,6 +332,7 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the form of diffusers
         normals: list[Image.Image] | list[list[Image.Image]] | None = None,
+        kinds: list[str] | list[list[str]] | None = None,
     ) -> SparseVolumePipelineOutput | tuple:
         r"""Reconstruct objects from views.
 
@@ -349,6 +351,8 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): What it is given.
             normals (`list[PIL.Image.Image]` or a list of those, *optional*): Camera-space normals of the views as `(n + 1) / 2`, for
                 condition encoders that take them (`view_channels=7`).
+            kinds (`list[str]` or a list of those, *optional*): What each view is, `"given"` (all, by default), `"drawn"` by a first
+                stage or the `"picture"` that it drew them of, for condition encoders that are told (`view_kinds`).
 
         Examples:
 
@@ -367,6 +371,7 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         views, rigs, images, normals = self.check_inputs(
             views, cameras, image, normals, output_type, steps, tensor_inputs
         )
+        kinds = check_kinds(kinds, views)
         self._guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         self._interrupt = False
         count = 0
@@ -388,7 +393,7 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         def shown(condition: ConditionEncoder) -> ViewBatch:
             key = (condition.config.image_size, condition.config.view_channels)
             if key not in prepared:
-                prepared[key] = self.prepare_views(views, rigs, condition, normals)
+                prepared[key] = self.prepare_views(views, rigs, condition, normals, kinds)
             return prepared[key]
 
         # 3. Denoise the occupancy

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..geometry.cameras import CameraRig
-from ..models.condition_encoder import ViewBatch
+from ..models.condition_encoder import GIVEN, PICTURE, VIEW_KINDS, ViewBatch
 from .preprocess import isolate_object
 
 
@@ -55,11 +55,27 @@ def check_normals(normals, batch: list[list[Image.Image]], needed: bool) -> list
     return lists
 
 
+def check_kinds(kinds, batch: list[list[Image.Image]]) -> list[list[str]] | None:
+    """What kind each view is, one list a sample, of names in `VIEW_KINDS`; at most one picture a sample."""
+    if kinds is None:
+        return None
+    lists = [list(kinds)] if len(kinds) and isinstance(kinds[0], str) else [list(names) for names in kinds]
+    if [len(names) for names in lists] != [len(pictures) for pictures in batch]:
+        raise InputError(f"kinds: got {kinds!r}, expected one a view: {[len(pictures) for pictures in batch]}.")
+    for names in lists:
+        if not set(names) <= set(VIEW_KINDS) or names.count(PICTURE) > 1 or names.count(PICTURE) == len(names):
+            raise InputError(
+                f"kinds: got {names}, expected {', '.join(VIEW_KINDS)}, and of {PICTURE!r} at most one beside other views."
+            )
+    return lists
+
+
 def encoder_views(
     views: list[list[Image.Image]],
     rigs: list[CameraRig],
     size: int,
     normals: list[list[Image.Image]] | None = None,
+    kinds: list[list[str]] | None = None,
 ) -> ViewBatch:
     """Views of every sample, resized. Samples with fewer views than another repeat one, marked as absent."""
     most = max(len(v) for v in views)
@@ -69,12 +85,14 @@ def encoder_views(
         images = torch.stack([_encoder_image(p, size, n) for p, n in zip(pictures, drawn, strict=True)])[None]
         one = ViewBatch.make(images, [rig])
         index = list(range(len(rig))) + [0] * (most - len(rig))
+        names = [GIVEN] * len(pictures) if kinds is None else kinds[sample]
+        one.kinds = torch.tensor([[VIEW_KINDS.index(names[i]) for i in index]])
         one.present = (torch.arange(most) < len(rig))[None]
         one.images, one.world_to_camera = one.images[:, index], one.world_to_camera[:, index]
         one.tan_half_fov = one.tan_half_fov[:, index]
         batch.append(one)
-    fields = ("images", "world_to_camera", "tan_half_fov", "present")
-    return ViewBatch(*(torch.cat([getattr(one, name) for one in batch]) for name in fields))
+    fields = ("images", "world_to_camera", "tan_half_fov", "present", "kinds")
+    return ViewBatch(**{name: torch.cat([getattr(one, name) for one in batch]) for name in fields})
 
 
 def _encoder_image(picture: Image.Image, size: int, normals: Image.Image | None) -> Tensor:

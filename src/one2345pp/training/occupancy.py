@@ -58,21 +58,25 @@ class OccupancyObjective(VolumeObjective):
         """Shell IoU of one-step predictions on held-out objects, and a sheet of their projections beside the truth."""
         if self.validation is None:
             return
-        generator = step_generator(0, 0)
-        ious, rows = [], []
-        for index, batch in enumerate(self.held_out(64, generator)):
-            target = shell_occupancy(batch.sdf, self.threshold)[:, None]
-            noise = torch.randn(target.shape, generator=generator)
-            device = modules["unet"].device
-            vector = self.global_vector(batch.inputs.to(device))
-            pyramid = self.condition(batch.views.to(device))
-            prediction = modules["unet"](noise.to(device), 999, pyramid, vector).sample.cpu() > 0
-            ious.append(_iou(prediction, target))
-            if index < 6:
-                shades = [grid[0, 0].float().mean(axis).T.flip(0) for grid in (target, prediction) for axis in range(3)]
-                rows.append([(255 * (1 - s / s.max().clamp(min=1e-3))).byte().numpy() for s in shades])
+        figures, rows = {}, []
+        for views in self.held_out_views:
+            generator = step_generator(0, 0)
+            ious = []
+            for index, batch in enumerate(self.held_out(64, generator, views)):
+                target = shell_occupancy(batch.sdf, self.threshold)[:, None]
+                noise = torch.randn(target.shape, generator=generator)
+                device = modules["unet"].device
+                vector = self.global_vector(batch.inputs.to(device))
+                pyramid = self.condition(batch.views.to(device))
+                prediction = modules["unet"](noise.to(device), 999, pyramid, vector).sample.cpu() > 0
+                ious.append(_iou(prediction, target))
+                if index < 6:
+                    pairs = [(grid[0, 0].float(), axis) for grid in (target, prediction) for axis in range(3)]
+                    shades = [grid.mean(axis).T.flip(0) for grid, axis in pairs]
+                    rows.append([(255 * (1 - s / s.max().clamp(min=1e-3))).byte().numpy() for s in shades])
+            figures["shell_iou" + views] = sum(ious) / len(ious)
         contact_sheet(rows, 128).save(path)
-        log_validation(path, shell_iou=sum(ious) / len(ious))
+        log_validation(path, **figures)
 
 
 class OccupancyPrediction:

@@ -117,20 +117,21 @@ class SparseObjective(VolumeObjective):
         """Errors of one-step predictions on held-out objects, on the true and the predicted support, and a sheet of middle slices."""
         if self.validation is None:
             return
-        generator = step_generator(0, 0)
         level = torch.tensor([sum(self.settings["support_levels"]) / 2])
         supports = {"": None, "_predicted": level} if self.settings["predicted_support"] else {"": None}
         figures, rows = {}, []
-        for index, sample in enumerate(self.held_out(16, generator)):
-            for support, levels in supports.items():
-                batch, prediction = self._one_step(modules, sample, levels, generator)
-                known, target = batch["known"] > 0, batch["target"]
-                sdf = (prediction[:, 0] - target[:, 0]).abs().mean().item()
-                mse = (prediction[known, 1:] - target[known, 1:]).div(2).square().mean()
-                figures.setdefault("sdf_error" + support, []).append(sdf)
-                figures.setdefault("color_psnr" + support, []).append(-10 * mse.log10().item())
-            if index < 6:
-                rows.append(_slices(batch["grid"], batch["target"]) + _slices(batch["grid"], prediction))
+        for views in self.held_out_views:
+            generator = step_generator(0, 0)
+            for index, sample in enumerate(self.held_out(16, generator, views)):
+                for support, levels in supports.items():
+                    batch, prediction = self._one_step(modules, sample, levels, generator)
+                    known, target = batch["known"] > 0, batch["target"]
+                    sdf = (prediction[:, 0] - target[:, 0]).abs().mean().item()
+                    mse = (prediction[known, 1:] - target[known, 1:]).div(2).square().mean()
+                    figures.setdefault("sdf_error" + support + views, []).append(sdf)
+                    figures.setdefault("color_psnr" + support + views, []).append(-10 * mse.log10().item())
+                if index < 6:
+                    rows.append(_slices(batch["grid"], batch["target"]) + _slices(batch["grid"], prediction))
         contact_sheet(rows, 128).save(path)
         log_validation(path, **{name: sum(values) / len(values) for name, values in figures.items()})
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..data.prepare import RIGS
 from ..errors import InputError
 from ..geometry.cameras import CameraRig
-from ..models.condition_encoder import ViewBatch, views_to_images
+from ..geometry.placement import front_camera
+from ..models.condition_encoder import DRAWN, GIVEN, PICTURE, VIEW_KINDS, ViewBatch, views_to_images
 from ..pipelines.preprocess import key_background
 
 
@@ -21,6 +22,7 @@ DEFAULTS = {
     "image_size": 96,
     "normals": False,  # views have those of `prepare --normals` as channels 5 to 7
     "drawn": 0.5,  # probability of the views that a first stage drew, of samples that have some
+    "picture": 0.85,  # probability that drawn views have the picture beside them that they were drawn of
     "mirror": 0.5,  # probability
     "recolor": 0.2,  # probability of permuting the colour channels
     "rekey": 0.4,  # probability that the masks come from keying a grey background, as for a generated tile
@@ -32,7 +34,7 @@ DEFAULTS = {
     "perturb_focal": 0.01,  # share
 }
 DRAWN_RIG = "zero123plus-v1.2"  # of first stages
-CHANCES = ("drawn", "mirror", "recolor", "rekey", "blur", "drop_view", "perturb")
+CHANCES = ("drawn", "picture", "mirror", "recolor", "rekey", "blur", "drop_view", "perturb")
 
 
 class SampleBatch:
@@ -49,46 +51,63 @@ class SampleBatch:
         def chance(key: str) -> bool:
             return torch.rand((), generator=generator).item() < config[key]
 
-        images, matrices, tangents, sdfs, colors, inputs, present = [], [], [], [], [], [], []
+        samples, sdfs, colors, inputs = [], [], [], []
         for item in items:
-            rig, views, picture = _pick_views(item, chance("drawn"), config["normals"], generator)
+            rig, views, picture, kind = _pick_views(item, chance("drawn"), config["normals"], generator)
+            kinds, groups = [kind] * len(views), [views]  # the picture that views are drawn of is a group of its own
+            if kind == DRAWN and "placed" in item and chance("picture"):
+                kinds.append(PICTURE)
+                groups.append(item["placed"][None].movedim(-1, 1).float() / 255)
+                rig = CameraRig.cat([rig, front_camera(rig, item["placed_elevation"].item())])
             sdf = item["sdf"].float() / 127
             color = torch.zeros(3, *sdf.shape)
             x, y, z = item["coords"].T
             color[:, x, y, z] = item["colors"].T.float() / 127.5 - 1
             matrix, tangent = rig.world_to_camera, rig.tan_half_fov
             if chance("mirror"):
-                views, picture, sdf, color = views.flip(-1), picture.flip(-1), sdf.flip(0), color.flip(1)
-                views[:, 4:5] = 1 - views[:, 4:5]  # normals point the other way across
+                groups, picture = [group.flip(-1) for group in groups], picture.flip(-1)
+                sdf, color = sdf.flip(0), color.flip(1)
+                groups[0][:, 4:5] = 1 - groups[0][:, 4:5]  # normals point the other way across
                 flip = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
                 matrix = flip @ matrix @ flip
             if chance("recolor"):
                 order = torch.randperm(3, generator=generator)
                 color, picture = color[order], torch.cat([picture[order], picture[3:]])
-                views = torch.cat([views[:, order], views[:, 3:]], 1)
-            if chance("rekey"):
-                views = _rekey(views)
+                groups = [torch.cat([group[:, order], group[:, 3:]], 1) for group in groups]
+            if chance("rekey") and kind == GIVEN:  # drawn ones are
+                groups[0] = _rekey(groups[0])
             if chance("blur"):
                 small = int(torch.randint(32, 72, (), generator=generator))
-                views = F.interpolate(views, size=small, mode="area")
+                groups[0] = F.interpolate(groups[0], size=small, mode="area")
             if chance("perturb"):
                 matrix, tangent = perturb_cameras(matrix, tangent, config, generator)
-            keep = torch.rand(6, generator=generator) >= config["drop_view"] / 6
-            images.append(_resize(views_to_images(views), config["image_size"]))
-            matrices.append(matrix)
-            tangents.append(tangent)
+            keep = torch.rand(len(kinds), generator=generator) >= config["drop_view"] / 6
+            images = torch.cat([_resize(views_to_images(group), config["image_size"]) for group in groups])
+            samples.append((images, matrix, tangent, keep, torch.tensor([VIEW_KINDS.index(kind) for kind in kinds])))
             sdfs.append(sdf)
             colors.append(color)
             inputs.append(picture)
-            present.append(keep)
-        self.views = ViewBatch(
-            torch.stack(images), torch.stack(matrices), torch.stack(tangents), torch.stack(present), None
-        )
+        images, matrices, tangents, present, kinds = (_padded(parts) for parts in zip(*samples, strict=True))
+        self.views = ViewBatch(images, matrices, tangents, present, None, kinds)
         self.sdf, self.colors, self.inputs = torch.stack(sdfs), torch.stack(colors), torch.stack(inputs)
 
 
-def _pick_views(item: dict, drawn: bool, normals: bool, generator: torch.Generator) -> tuple[CameraRig, Tensor, Tensor]:
-    """A rig, its views `[6, 4 or 7, S, S]` and an input picture `[4, S, S]`, in [0, 1]; true unless the first stage drew some."""
+def _padded(
+    parts: tuple[Tensor, ...],  # [V_b, ...]
+) -> Tensor:
+    """One tensor, `[B, V, ...]`, of samples with six or seven views; what is padded is zero, so absent."""
+    most = max(len(part) for part in parts)
+    return torch.stack([torch.cat([part, part.new_zeros(most - len(part), *part.shape[1:])]) for part in parts])
+
+
+def _pick_views(
+    item: dict, drawn: bool, normals: bool, generator: torch.Generator
+) -> tuple[CameraRig, Tensor, Tensor, str]:
+    """A rig, its views `[6, 4 or 7, S, S]` and an input picture `[4, S, S]`, in [0, 1], and the views' kind.
+
+    They are true unless the first stage drew some.
+    """
+    kind = GIVEN
     which = int(torch.randint(len(RIGS), (), generator=generator))
     views = item["views"][6 * which : 6 * which + 6]
     if normals:
@@ -98,8 +117,9 @@ def _pick_views(item: dict, drawn: bool, normals: bool, generator: torch.Generat
     number = int(torch.randint(len(item["inputs"]), (), generator=generator))
     if drawn and "drawn" in item:
         which, views, number = RIGS.index(DRAWN_RIG), item["drawn"], int(item["drawn_input"])
+        kind = DRAWN
     picture = item["inputs"][number].movedim(-1, 0).float() / 255
-    return CameraRig.named(RIGS[which]), views.movedim(-1, 1).float() / 255, picture
+    return CameraRig.named(RIGS[which]), views.movedim(-1, 1).float() / 255, picture, kind
 
 
 def perturb_cameras(

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import DDPMScheduler, ModelMixin
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import Dinov2Model
 
 from ..data.dataset import PreparedDataset
@@ -27,6 +28,7 @@ DEFAULTS = {
     "multiview": None,  # folder of a first stage: its image encoder gives the global vector, and it draws the drawn views
     "drawn_samples": 0,  # samples whose views the first stage draws, see `drawn_views`
     "drawn_steps": 10,  # denoising steps for each
+    "drawn_elevation_error": 6.0,  # degrees, standard deviation: what the chain takes for the picture's elevation is an estimate
     "patch_encoder": None,  # folder or Hub id of a DINOv2, for condition encoders with patch_channels
     "initial": None,  # folder of a checkpoint whose weights to start from
 }
@@ -38,14 +40,14 @@ class VolumeObjective:
     Args:
         config: Keys `unet`, `condition`, `objective` (see `DEFAULTS`), `views` (see `training.views`) and `training`.
         truncation_cells: The data's truncation distance in cells of its volumes.
-        validation: Held-out samples for previews.
+        validation: Held-out samples for previews, a `DrawnViewsDataset` to have figures of drawn views, too.
     """
 
     stage = ""  # components are called STAGE_condition and STAGE_unet
     defaults: dict = {}
     unet_class: type[ModelMixin]
 
-    def __init__(self, config: dict, truncation_cells: float, validation: PreparedDataset | None = None):
+    def __init__(self, config: dict, truncation_cells: float, validation: Dataset | None = None):
         known = {**DEFAULTS, **self.defaults}
         unknown = set(config.get("objective", {})) - set(known)
         if unknown:
@@ -95,9 +97,16 @@ class VolumeObjective:
         """0 for samples whose condition is dropped, 1 for the others, `[count]`."""
         return (torch.rand(count, generator=generator) >= self.settings["condition_dropout"]).float().to(device)
 
-    def held_out(self, count: int, generator: torch.Generator):
-        """At most `count` held-out samples, spread over the set, one by one, as their true views show them."""
+    @property
+    def held_out_views(self) -> tuple[str, ...]:
+        """Endings of the figures' names for what `held_out` can show: nothing for true views, `"_drawn"` for drawn ones."""
+        return ("", "_drawn") if isinstance(self.validation, DrawnViewsDataset) else ("",)
+
+    def held_out(self, count: int, generator: torch.Generator, views: str = ""):
+        """At most `count` held-out samples, spread over the set, one by one, as their true or drawn views show them."""
         still = {**self.augmentation, **dict.fromkeys(training_views.CHANCES, 0.0)}
+        if views:
+            still |= {"drawn": 1.0, "picture": 1.0}
         count = min(len(self.validation), count)
         for index in range(count):
             yield training_views.SampleBatch([self.validation[index * len(self.validation) // count]], still, generator)
@@ -136,11 +145,12 @@ def run(
     if settings["drawn_samples"]:
         if settings["multiview"] is None:
             raise InputError("config: drawn_samples needs multiview, the folder of a first stage that draws them.")
-        dataset = DrawnViewsDataset(
-            dataset,
-            settings["multiview"],
-            Path(output) / "drawn",
-            count=settings["drawn_samples"],
-            steps=settings["drawn_steps"],
-        )
+
+        def with_drawn(prepared: PreparedDataset, folder: str, count: int) -> DrawnViewsDataset:
+            steps, error = settings["drawn_steps"], settings["drawn_elevation_error"]
+            return DrawnViewsDataset(prepared, settings["multiview"], Path(output) / folder, count, steps, error)
+
+        dataset = with_drawn(dataset, "drawn", settings["drawn_samples"])
+        if objective.validation is not None:
+            objective.validation = with_drawn(objective.validation, "drawn-validation", len(objective.validation))
     train(objective, dataset, config.get("training", {}), Path(output), device=device, minutes=minutes)

@@ -1,0 +1,254 @@
+"""Views that are told apart: given ones, drawn ones, and the picture that they were drawn of. In encoders, pipelines and training."""
+
+import json
+
+import pytest
+import torch
+from conftest import volume_components
+from PIL import Image
+
+from one2345pp import CameraRig, ConditionEncoder, InputError, SparseVolumeDiffusionPipeline
+from one2345pp.models.condition_encoder import ViewBatch, views_to_images
+from one2345pp.models.sparse import SparseGrid
+from one2345pp.training.components import start_from
+from one2345pp.training.views import CHANCES, DEFAULTS, SampleBatch
+
+
+CONFIG = {
+    "resolution": 8,
+    "channels": (8, 12),
+    "image_size": 16,
+    "stem_channels": (8, 8),
+    "patch_channels": 0,
+    "hidden_channels": 8,
+}
+RIG = CameraRig.cat([CameraRig.named("zero123plus-v1.2"), CameraRig.from_angles([0], 10, 0.5, 1.9)])
+KINDS = ["drawn"] * 6 + ["picture"]
+
+
+def views(count: int, kinds: list[int] | None) -> ViewBatch:
+    """The same random views each time."""
+    images = views_to_images(torch.rand(1, 7, 4, 16, 16, generator=torch.Generator().manual_seed(0)))[:, :count]
+    batch = ViewBatch.make(images, [RIG[list(range(count))]])
+    batch.kinds = None if kinds is None else torch.tensor([kinds])
+    return batch
+
+
+def encoder(**kwargs) -> ConditionEncoder:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ConditionEncoder(**CONFIG, **kwargs).eval()
+
+
+def lively(**kwargs) -> ConditionEncoder:
+    """One that tells kinds apart, as after training: new weights begin at zero."""
+    model = encoder(view_kinds=True, **kwargs)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        for weight in (model.kind_bias.weight, model.project.weight):
+            weight.add_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return model
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a, b, strict=True))
+
+
+# --- the encoder -----------------------------------------------------------------------------------------------------
+
+
+def test_an_encoder_begins_as_the_one_it_starts_from(tmp_path):
+    """Oracle: with the weights of an encoder that tells nothing apart, views of any kind give its pyramid; a picture adds nothing."""
+    old, new = encoder(pooling="max_mean"), encoder(pooling="max_mean", view_kinds=True)
+    with torch.no_grad():
+        old.project.weight.mul_(1.5)
+    old.save_pretrained(tmp_path / "condition")
+    start_from(str(tmp_path), "condition", new)
+    expected = old(views(6, None))
+    assert same(new(views(6, None)), expected)
+    assert same(new(views(6, [1] * 6)), expected)
+    assert same(new(views(7, [1] * 6 + [2])), expected)
+    assert not same(old(views(7, None)), expected), "without kinds a picture is one more view"
+
+
+def test_kinds_are_told_apart():
+    model = lively()
+    given = model(views(6, None))
+    assert same(model(views(6, [0] * 6)), given), "views that nothing is said of were given"
+    drawn = model(views(6, [1] * 6))
+    assert not same(drawn, given)
+    assert not same(model(views(7, [1] * 6 + [2])), drawn)
+
+
+def test_the_picture_stands_apart():
+    """Oracle: views stay in any order; the picture may stand anywhere, but in no other's stead; absent it is as none at all."""
+    model = lively(pooling="max_mean")
+    whole = views(7, [1] * 6 + [2])
+    order = [6, 2, 1, 0, 5, 4, 3]
+    fields = (whole.images, whole.world_to_camera, whole.tan_half_fov, whole.present)
+    shuffled = ViewBatch(*(field[:, order] for field in fields), None, whole.kinds[:, order])
+    assert same(model(whole), model(shuffled))
+    swapped = ViewBatch(*fields, None, whole.kinds[:, order])
+    assert not same(model(whole), model(swapped))
+    whole.present[:, 6] = False
+    assert same(model(whole), model(views(6, [1] * 6)))
+
+
+def test_sparse_pyramid_equals_the_dense_one():
+    dense, sparse = lively(), lively(sparse=True)
+    sparse.load_state_dict(dense.state_dict())
+    batch = views(7, [1] * 6 + [2])
+    grid = SparseGrid(torch.tensor([[0, 3, 3, 3], [0, 4, 4, 3], [0, 4, 5, 4]]), 8, 1)
+    _, x, y, z = grid.coords.unbind(1)
+    assert torch.allclose(sparse(batch, grid)[0], dense(batch)[0][0, :, x, y, z].T, atol=1e-5)
+
+
+# --- the volume pipeline ---------------------------------------------------------------------------------------------
+
+
+def volume_pipe(**encoder_config) -> SparseVolumeDiffusionPipeline:
+    components = volume_components()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for stage in ("occupancy", "sparse"):
+            config = components[f"{stage}_condition"].config
+            components[f"{stage}_condition"] = ConditionEncoder.from_config(config, **encoder_config).eval()
+            for part in ("condition", "unet"):  # much of what is new is zero
+                for parameter in components[f"{stage}_{part}"].parameters():
+                    torch.nn.init.normal_(parameter, std=0.3)
+    pipe = SparseVolumeDiffusionPipeline(**components, occupancy_level=-2.0)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pictures(count: int) -> list[Image.Image]:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 256, (count, 16, 16, 4), generator=generator, dtype=torch.uint8).numpy()
+    return [Image.fromarray(value) for value in values]
+
+
+def run(pipe, **kwargs) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_occupancy_steps": 1, "num_sparse_steps": 1, "output_type": "pt", "generator": generator}
+    return pipe(pictures(7), cameras=RIG, **options, **kwargs).volumes
+
+
+def test_a_call_says_what_kind_each_view_is(tmp_path):
+    """Oracle: kinds change what is made by networks that are told, also saved and loaded, and nothing for the others."""
+    pipe = volume_pipe(view_kinds=True)
+    told = run(pipe, kinds=KINDS)
+    assert torch.equal(told, run(pipe, kinds=[KINDS]))
+    assert torch.equal(run(pipe), run(pipe, kinds=["given"] * 7))
+    assert not torch.equal(told, run(pipe))
+    pipe.save_pretrained(tmp_path)
+    loaded = SparseVolumeDiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(run(loaded, kinds=KINDS), told)
+    plain = volume_pipe()
+    assert torch.equal(run(plain, kinds=KINDS), run(plain))
+
+
+def test_samples_of_a_batch_have_kinds_of_their_own():
+    """Oracle: a picture beside drawn views in one sample, six given ones in the other: as each alone."""
+    pipe = volume_pipe(view_kinds=True)
+    options = {"num_occupancy_steps": 1, "num_sparse_steps": 1, "output_type": "pt"}
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    batch = [pictures(7), pictures(6)]
+    rigs = [RIG, RIG[list(range(6))]]
+    kinds = [KINDS, ["given"] * 6]
+    both = pipe(batch, cameras=rigs, kinds=kinds, generator=generators, **options).volumes
+    for index in range(2):
+        alone = {"cameras": rigs[index], "kinds": kinds[index], "generator": torch.Generator().manual_seed(index)}
+        assert torch.allclose(pipe(batch[index], **alone, **options).volumes[0], both[index], atol=1e-4)
+
+
+@pytest.mark.parametrize("kinds", [["drawn"] * 6, ["drawn"] * 6 + ["guess"], ["drawn"] * 5 + ["picture"] * 2, []])
+def test_kinds_that_cannot_be_are_refused(kinds):
+    with pytest.raises(InputError, match="kinds: got"):
+        run(volume_pipe(view_kinds=True), kinds=kinds)
+
+
+# --- the chain -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tell", [True, False])
+def test_the_chain_tells_kinds_where_its_networks_learnt_them(tiny_chain, tell, monkeypatch, tmp_path):
+    """Oracle: what the volume stage is called with, by a chain that was saved and loaded."""
+    tiny_chain.register_to_config(tell_kinds=tell)
+    tiny_chain.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["tell_kinds"] is tell
+    loaded = type(tiny_chain).from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    told = []
+    call = SparseVolumeDiffusionPipeline.__call__
+
+    def listen(pipe, *args, kinds=None, **kwargs):
+        told.append(kinds)
+        return call(pipe, *args, kinds=kinds, **kwargs)
+
+    monkeypatch.setattr(SparseVolumeDiffusionPipeline, "__call__", listen)
+    picture = Image.new("RGBA", (64, 64))
+    picture.paste((200, 60, 40, 255), (16, 8, 48, 56))
+    for elevation in (None, 10.0):
+        loaded(picture, refine=False, elevation=elevation, generator=torch.Generator().manual_seed(0))
+    assert told == ([["drawn"] * 6, KINDS] if tell else [None, None])
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def item(**drawn) -> dict:
+    """A prepared sample as `PreparedDataset` and `DrawnViewsDataset` give it, of 16 px views."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random_pictures(*shape):
+        return torch.randint(0, 256, (*shape, 16, 16, 4), generator=generator, dtype=torch.uint8)
+
+    sdf = torch.randint(-127, 128, (8, 8, 8), generator=generator).to(torch.int8)
+    coords = (sdf.abs() < 127).nonzero()
+    colors = torch.randint(0, 256, (len(coords), 3), generator=generator, dtype=torch.uint8)
+    own = {"views": random_pictures(12), "inputs": random_pictures(2), "sdf": sdf, "coords": coords, "colors": colors}
+    return own | {key: random_pictures(*shape) for key, shape in drawn.items()}
+
+
+def placed_item() -> dict:
+    return item(drawn=(6,), placed=()) | {"drawn_input": torch.tensor(1), "placed_elevation": torch.tensor(25.0)}
+
+
+QUIET = {**DEFAULTS, **dict.fromkeys(CHANCES, 0.0), "image_size": 16}
+
+
+def test_a_batch_shows_the_picture_beside_views_that_were_drawn_of_it():
+    """Oracle: the picture through a camera in front, from where the sample says; a sample without one has an absent view there."""
+    config = {**QUIET, "drawn": 1.0, "picture": 1.0}
+    batch = SampleBatch([placed_item(), item()], config, torch.Generator().manual_seed(0)).views
+    assert batch.kinds.tolist() == [[1] * 6 + [2], [0] * 7]
+    assert batch.present.tolist() == [[True] * 7, [True] * 6 + [False]]
+    expected = views_to_images(placed_item()["placed"].movedim(-1, 0)[None].float() / 255)
+    torch.testing.assert_close(batch.images[0, 6:], expected)
+    rig = CameraRig.named("zero123plus-v1.2")
+    front = CameraRig.from_angles([0.0], 25.0, rig.fov[0].item(), rig.positions[0].norm().item())
+    torch.testing.assert_close(batch.world_to_camera[0, 6:], front.world_to_camera)
+    without = SampleBatch([placed_item()], {**config, "picture": 0.0}, torch.Generator().manual_seed(0)).views
+    assert without.kinds.tolist() == [[1] * 6]
+
+
+def test_the_picture_is_mirrored_and_recoloured_with_its_views():
+    """Oracle: what is drawn from a mirrored, recoloured batch, undone by hand, is the batch that is neither."""
+    config = {**QUIET, "drawn": 1.0, "picture": 1.0}
+    still = SampleBatch([placed_item()], config, torch.Generator().manual_seed(0))
+    mirrored = SampleBatch([placed_item()], {**config, "mirror": 1.0}, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(mirrored.views.images.flip(-1), still.views.images)
+    point = torch.tensor([[0.2, 0.1, -0.3]])
+    for batch, x in ((still, 0.2), (mirrored, -0.2)):
+        point[0, 0] = x
+        seen = batch.views.sample(batch.views.images[0, :, 3:], point, 0)
+        assert seen.shape == (7, 1, 1)
+        batch.seen = seen
+    torch.testing.assert_close(still.seen, mirrored.seen, atol=1e-4, rtol=0)
+    recolored = SampleBatch([placed_item()], {**config, "recolor": 1.0}, torch.Generator().manual_seed(0))
+    permutations = [
+        [0, 1, 2, 3], [0, 2, 1, 3], [1, 0, 2, 3], [1, 2, 0, 3], [2, 0, 1, 3], [2, 1, 0, 3]
+    ]  # fmt: skip
+    images = recolored.views.images
+    assert any(torch.allclose(images, still.views.images[:, :, order]) for order in permutations)

@@ -64,5 +64,6 @@ def add_picture(
     kinds = [DRAWN] * len(views)
     if elevation is None:
         return views, rig, kinds
-    placed, camera = place_picture(picture, rig, elevation)
+    masks = np.stack([np.asarray(view)[..., 3] for view in views]) / 255
+    placed, camera = place_picture(picture, masks, rig, elevation)
     return [*views, placed], CameraRig.cat([rig, camera]), [*kinds, PICTURE]

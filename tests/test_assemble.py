@@ -27,7 +27,14 @@ def test_assembled_folder_has_every_part(trainings):
     folder, components = trainings
     (folder / "card.md").write_text("# a card\n")
     (folder / "stages.json").write_text(
-        json.dumps({"volume": {"default_num_sparse_steps": 3}, "drawn_volume": {"surface_level": 0.2}, "candidates": 4})
+        json.dumps(
+            {
+                "volume": {"default_num_sparse_steps": 3},
+                "drawn_volume": {"surface_level": 0.2},
+                "candidates": 4,
+                "tell_kinds": True,
+            }
+        )
     )
     command = ["convert", "assemble", "-o", str(folder / "out"), "--card", str(folder / "card.md"), "--quiet"]
     command += ["--config", str(folder / "stages.json")]
@@ -38,6 +45,7 @@ def test_assembled_folder_has_every_part(trainings):
     assert (folder / "out" / "README.md").read_text() == "# a card\n"
     assert pipe.volume.config.default_num_sparse_steps == 3
     assert pipe.config.default_num_candidates == 4
+    assert pipe.config.tell_kinds
     assert pipe.drawn_volume.config.surface_level == 0.2
     assert pipe.volume.config.truncation == pytest.approx(3.2 / 16)
     for name in ("occupancy_unet", "sparse_condition", "elevation_estimator"):

@@ -133,6 +133,20 @@ def test_drawn_views_are_those_of_the_first_stage_and_are_drawn_once(dataset, fi
     assert not torch.allclose(true.views.images[0], expected)
 
 
+def test_drawn_views_have_figures_of_their_own_and_only_beside_validation(dataset, first_stage, tmp_path):
+    config = copy.deepcopy(CONFIG["occupancy"])
+    config["unet"] |= {"global_channels": COMPONENTS["vision_encoder"]["projection_dim"]}
+    config["condition"] |= {"view_kinds": True}
+    config["objective"] = {"multiview": str(first_stage), "drawn_samples": 4, "drawn_steps": 1}
+    config["views"] = {**config.get("views", {}), "drawn": 1.0}
+    occupancy.run(config, data=dataset.path, output=tmp_path, device="cpu", validation=dataset.path)
+    figures = json.loads((tmp_path / "validation.jsonl").read_text().splitlines()[-1])
+    assert {"shell_iou", "shell_iou_drawn"} <= set(figures)
+    saved = ConditionEncoder.from_pretrained(tmp_path / "occupancy_condition")
+    assert saved.kind_bias.weight[1:].abs().sum() > 0, "drawn views and pictures were told apart"
+    assert not saved.kind_bias.weight[0].any(), "none was given"
+
+
 def test_a_run_with_drawn_views_and_first_weights(dataset, first_stage, tmp_path):
     """Oracle: with no steps at all, a run that starts from another's weights saves those weights; one without draws no views."""
     vision = {"global_channels": COMPONENTS["vision_encoder"]["projection_dim"]}

@@ -207,26 +207,20 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         if self.config.sparse:
             points = cell_centers(grid.coords[:, 1:], self.config.resolution)
             pooled = [self.pool(maps, views, points[grid.sample_index == b], b) for b in range(len(views))]
-            pooled = torch.cat(pooled)  # rows of a batch's grid are sorted by sample
-            levels = [F.relu(self._project(pooled, points))]
+            levels = [F.relu(self.project(torch.cat(pooled)))]  # rows of a batch's grid are sorted by sample
             for down in self.down:
                 levels.append(F.relu(down(levels[-1], grid)))
                 grid = grid.coarser
             return levels
         points, inside = self._grid_points(views.images.device)
         pooled = torch.stack([self.pool(maps, views, points, b) for b in range(len(views))])
-        features = F.relu(self._project(pooled, points.expand(len(views), -1, -1)))  # [B, P, C]
+        features = F.relu(self.project(pooled))  # [B, P, C]
         volume = features.new_zeros(len(views), len(inside), features.shape[-1])
         volume[:, inside] = features
         levels = [volume.mT.unflatten(-1, [self.config.resolution] * 3)]  # a view: channels last
         for down in self.down:
             levels.append(F.relu(down(levels[-1])))
         return levels
-
-    def _project(self, pooled: Tensor, points: Tensor) -> Tensor:
-        """Pooled features and places to the finest level's; the picture's features come last."""
-        views = pooled.shape[-1] - (self.config.hidden_channels if self.config.view_kinds else 0)
-        return self.project(torch.cat([pooled[..., :views], points.to(pooled.dtype), pooled[..., views:]], -1))
 
     def feature_maps(self, views: ViewBatch) -> list[Tensor]:
         """The MLP's first layer in image space: maps `[B, V, hidden, h, w]`, to be sampled and summed."""
@@ -252,10 +246,14 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         return maps
 
     def pool(self, maps: list[Tensor], views: ViewBatch, points: Tensor, index: int) -> Tensor:
-        """Sample, finish the MLP and pool over the views of one sample: `[P, 3] -> [P, pooled]`, then the picture's own if told."""
-        present = views.present[index]
+        """Sample, finish the MLP and pool over the views of one sample, for `project`: `[P, 3] -> [P, pooled + 3 (+ hidden)]`.
+
+        The pooled views, the place, and where kinds are told the picture, zero without one.
+        """
+        present, places = views.present[index], points.to(maps[0].dtype)
         if self.config.view_features == "none":
-            return maps[0].new_zeros(len(points), self.project.in_features - 3)
+            features = F.pad(places, (self.config.hidden_channels * (2 if self.config.pooling == "max_mean" else 1), 0))
+            return F.pad(features, (0, self.project.in_features - features.shape[-1]))
         # channels before points, as `grid_sample` leaves them: no copies, and the MLP is a convolution of size 1
         if self.config.view_features == "local":
             hidden = [views.sample(m[index], points, index).mT for m in maps]  # [V, hidden, P] each
@@ -263,18 +261,18 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
             hidden = [m[index].mean((-2, -1))[..., None].expand(-1, -1, len(points)) for m in maps]
         hidden = hidden[0] if len(hidden) == 1 else sum(hidden)
         hidden = F.conv1d(F.relu(hidden), self.shared.weight[..., None], self.shared.bias)
-        if self.kind_bias is None:
-            return self._pool_views(F.relu(hidden)[present])
-        kinds = views.kind_numbers[index]
-        hidden = F.relu(hidden + self.kind_bias(kinds).chunk(2, -1)[1][..., None])
-        is_picture = kinds == VIEW_KINDS.index(PICTURE)
-        picture = hidden[present & is_picture].sum(0)  # one at most; zero without
-        return torch.cat([self._pool_views(hidden[present & ~is_picture]), picture.mT], -1)
-
-    def _pool_views(self, hidden: Tensor) -> Tensor:
-        """`[V, hidden, P] -> [P, pooled]`"""
-        pooled = hidden.amax(0)
-        return (torch.cat([pooled, hidden.mean(0)]) if self.config.pooling == "max_mean" else pooled).mT
+        picture = []
+        if self.kind_bias is not None:
+            kinds = views.kind_numbers[index]
+            hidden = hidden + self.kind_bias(kinds).chunk(2, -1)[1][..., None]
+            is_picture = kinds == VIEW_KINDS.index(PICTURE)
+            picture = [F.relu(hidden[present & is_picture]).sum(0).mT]  # of one at most
+            present = present & ~is_picture
+        hidden = F.relu(hidden if present.all() else hidden[present])
+        pooled = [hidden.amax(0).mT]
+        if self.config.pooling == "max_mean":
+            pooled.append(hidden.mean(0).mT)
+        return torch.cat([*pooled, places, *picture], -1)
 
     def _grid_points(self, device) -> tuple[Tensor, Tensor]:
         """Centres of the cells that the object's sphere reaches, `[P, 3]`, and which of all cells (x, y, z order) they are."""

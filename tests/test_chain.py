@@ -110,9 +110,7 @@ def test_a_picture_of_known_elevation_is_one_more_view(tiny_chain, picture):
     generator = seeded(3)
     framed = tiny_chain.prepare_image(picture)
     views = tiny_chain.multiview(framed, generator=generator, transparent=True).views[0]
-    placed, camera = place_picture(
-        framed, np.stack([np.asarray(view)[..., 3] for view in views]) / 255, tiny_chain.rig, 20
-    )
+    placed, camera = place_picture(framed, tiny_chain.rig, 20)
     rig = CameraRig.cat([tiny_chain.rig, camera])
     solid = tiny_chain.volume([*views, placed], cameras=rig, image=framed, generator=generator)
     out = tiny_chain(picture, elevation=20, refine=False, generator=seeded(3))

@@ -1,7 +1,10 @@
 """Views that are told apart: given ones, drawn ones, and the picture that they were drawn of. In encoders, pipelines and training."""
 
+import itertools
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import volume_components
@@ -10,6 +13,7 @@ from PIL import Image
 from one2345pp import CameraRig, ConditionEncoder, InputError, SparseVolumeDiffusionPipeline
 from one2345pp.models.condition_encoder import ViewBatch, views_to_images
 from one2345pp.models.sparse import SparseGrid
+from one2345pp.pipelines.elevations import add_picture
 from one2345pp.training.components import start_from
 from one2345pp.training.views import CHANCES, DEFAULTS, SampleBatch
 
@@ -197,7 +201,7 @@ def test_the_chain_tells_kinds_where_its_networks_learnt_them(tiny_chain, tell, 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def item(**drawn) -> dict:
+def item(drawn: bool) -> dict:
     """A prepared sample as `PreparedDataset` and `DrawnViewsDataset` give it, of 16 px views."""
     generator = torch.Generator().manual_seed(0)
 
@@ -208,47 +212,54 @@ def item(**drawn) -> dict:
     coords = (sdf.abs() < 127).nonzero()
     colors = torch.randint(0, 256, (len(coords), 3), generator=generator, dtype=torch.uint8)
     own = {"views": random_pictures(12), "inputs": random_pictures(2), "sdf": sdf, "coords": coords, "colors": colors}
-    return own | {key: random_pictures(*shape) for key, shape in drawn.items()}
+    own["elevations"] = torch.tensor([100, 115], dtype=torch.uint8)
+    return own | {"drawn": random_pictures(6), "drawn_input": torch.tensor(1)} if drawn else own
 
 
-def placed_item() -> dict:
-    return item(drawn=(6,), placed=()) | {"drawn_input": torch.tensor(1), "placed_elevation": torch.tensor(25.0)}
+QUIET = {**DEFAULTS, **dict.fromkeys(CHANCES, 0.0), "image_size": 16, "elevation_error": 0.0}
+DRAWN = {**QUIET, "drawn": 1.0, "picture": 1.0}
 
 
-QUIET = {**DEFAULTS, **dict.fromkeys(CHANCES, 0.0), "image_size": 16}
+def batch(items: list[dict], config: dict, seed: int = 0) -> SampleBatch:
+    return SampleBatch(items, config, torch.Generator().manual_seed(seed))
 
 
 def test_a_batch_shows_the_picture_beside_views_that_were_drawn_of_it():
-    """Oracle: the picture through a camera in front, from where the sample says; a sample without one has an absent view there."""
-    config = {**QUIET, "drawn": 1.0, "picture": 1.0}
-    batch = SampleBatch([placed_item(), item()], config, torch.Generator().manual_seed(0)).views
-    assert batch.kinds.tolist() == [[1] * 6 + [2], [0] * 7]
-    assert batch.present.tolist() == [[True] * 7, [True] * 6 + [False]]
-    expected = views_to_images(placed_item()["placed"].movedim(-1, 0)[None].float() / 255)
-    torch.testing.assert_close(batch.images[0, 6:], expected)
-    rig = CameraRig.named("zero123plus-v1.2")
-    front = CameraRig.from_angles([0.0], 25.0, rig.fov[0].item(), rig.positions[0].norm().item())
-    torch.testing.assert_close(batch.world_to_camera[0, 6:], front.world_to_camera)
-    without = SampleBatch([placed_item()], {**config, "picture": 0.0}, torch.Generator().manual_seed(0)).views
+    """Oracle: `add_picture`, as the chain does it, from where the sample says; a sample without one has an absent view there."""
+    views = batch([item(True), item(False)], DRAWN).views
+    assert views.kinds.tolist() == [[1] * 6 + [2], [0] * 7]
+    assert views.present.tolist() == [[True] * 7, [True] * 6 + [False]]
+    picture = Image.fromarray(item(True)["inputs"][1].numpy())
+    placed, rig, kinds = add_picture(picture, [picture] * 6, CameraRig.named("zero123plus-v1.2"), 25.0)
+    assert kinds == KINDS
+    expected = views_to_images(torch.from_numpy(np.array(placed[-1])).movedim(-1, 0)[None].float() / 255)
+    torch.testing.assert_close(views.images[0, 6:], expected)
+    torch.testing.assert_close(views.world_to_camera[0], rig.world_to_camera)
+    torch.testing.assert_close(views.tan_half_fov[0], rig.tan_half_fov)
+    without = batch([item(True)], {**DRAWN, "picture": 0.0}).views
     assert without.kinds.tolist() == [[1] * 6]
 
 
+def test_the_elevation_of_the_picture_is_as_uncertain_as_an_estimate():
+    """Oracle: over many draws, its mean and its spread."""
+    found = []
+    for seed in range(60):
+        matrix = batch([item(True)], {**DRAWN, "elevation_error": 6.0}, seed).views.world_to_camera[0, 6]
+        position = -matrix[:3, :3].T @ matrix[:3, 3]
+        found.append(math.degrees(math.asin(position[1] / position.norm())))
+    assert abs(np.mean(found) - 25) < 2.5 and 4 < np.std(found) < 8
+
+
 def test_the_picture_is_mirrored_and_recoloured_with_its_views():
-    """Oracle: what is drawn from a mirrored, recoloured batch, undone by hand, is the batch that is neither."""
-    config = {**QUIET, "drawn": 1.0, "picture": 1.0}
-    still = SampleBatch([placed_item()], config, torch.Generator().manual_seed(0))
-    mirrored = SampleBatch([placed_item()], {**config, "mirror": 1.0}, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(mirrored.views.images.flip(-1), still.views.images)
-    point = torch.tensor([[0.2, 0.1, -0.3]])
-    for batch, x in ((still, 0.2), (mirrored, -0.2)):
-        point[0, 0] = x
-        seen = batch.views.sample(batch.views.images[0, :, 3:], point, 0)
-        assert seen.shape == (7, 1, 1)
-        batch.seen = seen
-    torch.testing.assert_close(still.seen, mirrored.seen, atol=1e-4, rtol=0)
-    recolored = SampleBatch([placed_item()], {**config, "recolor": 1.0}, torch.Generator().manual_seed(0))
-    permutations = [
-        [0, 1, 2, 3], [0, 2, 1, 3], [1, 0, 2, 3], [1, 2, 0, 3], [2, 0, 1, 3], [2, 1, 0, 3]
-    ]  # fmt: skip
-    images = recolored.views.images
-    assert any(torch.allclose(images, still.views.images[:, :, order]) for order in permutations)
+    """Oracle: a point and its mirror image lie on the same pixels; all seven pictures have their channels in the same order."""
+    still, mirrored = batch([item(True)], DRAWN).views, batch([item(True)], {**DRAWN, "mirror": 1.0}).views
+    torch.testing.assert_close(mirrored.images.flip(-1), still.images)
+    seen = [
+        views.sample(views.images[0, :, 3:], torch.tensor([[x, 0.1, -0.3]]), 0)
+        for views, x in ((still, 0.2), (mirrored, -0.2))
+    ]
+    assert seen[0].shape == (7, 1, 1)
+    torch.testing.assert_close(*seen, atol=1e-4, rtol=0)
+    recolored = batch([item(True)], {**DRAWN, "recolor": 1.0}).views
+    orders = [[*order, 3] for order in itertools.permutations(range(3))]
+    assert any(torch.allclose(recolored.images, still.images[:, :, order]) for order in orders)

@@ -64,6 +64,5 @@ def add_picture(
     kinds = [DRAWN] * len(views)
     if elevation is None:
         return views, rig, kinds
-    masks = np.stack([np.asarray(view)[..., 3] for view in views]) / 255
-    placed, camera = place_picture(picture, masks, rig, elevation)
+    placed, camera = place_picture(picture, rig, elevation)
     return [*views, placed], CameraRig.cat([rig, camera]), [*kinds, PICTURE]

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..data.prepare import RIGS
+from ..data.prepare import NADIR, RIGS
 from ..errors import InputError
 from ..geometry.cameras import CameraRig
-from ..geometry.placement import front_camera
+from ..geometry.placement import place_picture
 from ..models.condition_encoder import DRAWN, GIVEN, PICTURE, VIEW_KINDS, ViewBatch, views_to_images
 from ..pipelines.preprocess import key_background
 
@@ -23,6 +23,7 @@ DEFAULTS = {
     "normals": False,  # views have those of `prepare --normals` as channels 5 to 7
     "drawn": 0.5,  # probability of the views that a first stage drew, of samples that have some
     "picture": 0.85,  # probability that drawn views have the picture beside them that they were drawn of
+    "elevation_error": 6.0,  # degrees, standard deviation: what the chain takes for the picture's elevation is an estimate
     "mirror": 0.5,  # probability
     "recolor": 0.2,  # probability of permuting the colour channels
     "rekey": 0.4,  # probability that the masks come from keying a grey background, as for a generated tile
@@ -55,10 +56,12 @@ class SampleBatch:
         for item in items:
             rig, views, picture, kind = _pick_views(item, chance("drawn"), config["normals"], generator)
             kinds, groups = [kind] * len(views), [views]  # the picture that views are drawn of is a group of its own
-            if kind == DRAWN and "placed" in item and chance("picture"):
+            if kind == DRAWN and chance("picture"):
+                error = config["elevation_error"] * torch.randn((), generator=generator).item()
+                placed, camera = _placed_picture(item, rig, error)
                 kinds.append(PICTURE)
-                groups.append(item["placed"][None].movedim(-1, 1).float() / 255)
-                rig = CameraRig.cat([rig, front_camera(rig, item["placed_elevation"].item())])
+                groups.append(placed)
+                rig = CameraRig.cat([rig, camera])
             sdf = item["sdf"].float() / 127
             color = torch.zeros(3, *sdf.shape)
             x, y, z = item["coords"].T
@@ -120,6 +123,14 @@ def _pick_views(
         kind = DRAWN
     picture = item["inputs"][number].movedim(-1, 0).float() / 255
     return CameraRig.named(RIGS[which]), views.movedim(-1, 1).float() / 255, picture, kind
+
+
+def _placed_picture(item: dict, rig: CameraRig, error: float) -> tuple[Tensor, CameraRig]:
+    """The picture that views were drawn of, `[1, 4, S, S]` in [0, 1], as the chain places it beside them, and its camera."""
+    number = int(item["drawn_input"])
+    elevation = int(item["elevations"][number]) + NADIR + error
+    placed, camera = place_picture(Image.fromarray(item["inputs"][number].numpy()), rig, elevation)
+    return torch.from_numpy(np.array(placed)).movedim(-1, 0)[None].float() / 255, camera
 
 
 def perturb_cameras(

@@ -28,7 +28,6 @@ DEFAULTS = {
     "multiview": None,  # folder of a first stage: its image encoder gives the global vector, and it draws the drawn views
     "drawn_samples": 0,  # samples whose views the first stage draws, see `drawn_views`
     "drawn_steps": 10,  # denoising steps for each
-    "drawn_elevation_error": 6.0,  # degrees, standard deviation: what the chain takes for the picture's elevation is an estimate
     "patch_encoder": None,  # folder or Hub id of a DINOv2, for condition encoders with patch_channels
     "initial": None,  # folder of a checkpoint whose weights to start from
 }
@@ -147,8 +146,9 @@ def run(
             raise InputError("config: drawn_samples needs multiview, the folder of a first stage that draws them.")
 
         def with_drawn(prepared: PreparedDataset, folder: str, count: int) -> DrawnViewsDataset:
-            steps, error = settings["drawn_steps"], settings["drawn_elevation_error"]
-            return DrawnViewsDataset(prepared, settings["multiview"], Path(output) / folder, count, steps, error)
+            return DrawnViewsDataset(
+                prepared, settings["multiview"], Path(output) / folder, count, settings["drawn_steps"]
+            )
 
         dataset = with_drawn(dataset, "drawn", settings["drawn_samples"])
         if objective.validation is not None:

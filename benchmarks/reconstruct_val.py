@@ -15,6 +15,7 @@ import json
 import math
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ def link_truths(objects: list[dict], args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for row in objects:
         link = folder / f"{row['name']}.glb"
-        if not link.exists():
+        with suppress(FileExistsError):  # from an earlier run, or another shard
             link.symlink_to((args.objects / link.name).resolve())
 
 

@@ -24,7 +24,7 @@ from one2345pp.geometry.placement import place_picture
 from one2345pp.geometry.render import render
 from one2345pp.geometry.repair import is_solid
 from one2345pp.pipelines import pipeline_one2345plusplus
-from one2345pp.pipelines.candidates import best_candidates
+from one2345pp.pipelines.candidates import best_candidate
 from one2345pp.pipelines.pipeline_one2345plusplus import MULTIVIEW_COMPONENTS, VOLUME_COMPONENTS
 from one2345pp.pipelines.pipeline_output import SparseVolumePipelineOutput
 
@@ -200,9 +200,9 @@ def test_candidates_are_the_stages_called_again(tiny_chain, picture, monkeypatch
 
     def second(solids, views, *others):
         assert len(solids) == len(views) == 3
-        return [1], best_candidates(solids[1:2], views[1:2], *others)[1]
+        return 1, best_candidate(solids[1:2], views[1:2], *others)[1]
 
-    monkeypatch.setattr(pipeline_one2345plusplus, "best_candidates", second)
+    monkeypatch.setattr(pipeline_one2345plusplus, "best_candidate", second)
     out = tiny_chain(picture, num_candidates=3, refine=False, generator=seeded(3))
     assert len(out.meshes) == len(out.views) == len(out.volumes) == 1
     assert out.coarse_meshes[0].vertices.tobytes() == solids[1].meshes[0].vertices.tobytes()
@@ -223,19 +223,19 @@ def test_the_candidate_that_agrees_with_its_pictures_is_kept(tiny_chain):
     solids = [SparseVolumePipelineOutput([None], [mesh]) for mesh, _ in pairs]
     views = [views_of(shown) for _, shown in pairs]
     for elevation in (None, 15.0):
-        kept, fits = best_candidates(solids * 2, views * 2, tiny_chain.rig, pictures, [elevation] * 2)
-        assert kept == [1, 4 + 3]
-        assert min(fit.likeness for fit in fits) > 0.85
-        assert fit_picture(house, pictures[0], elevation).likeness < fits[0].likeness
+        for picture, index, other in zip(pictures, (1, 3), (house, mug), strict=True):
+            best, fit = best_candidate(solids, views, tiny_chain.rig, picture, elevation)
+            assert best == index and fit.likeness > 0.85
+            assert fit_picture(other, picture, elevation).likeness < fit.likeness
 
 
 def test_a_candidate_without_a_surface_does_not_stop_the_others(tiny_chain, picture):
     framed, views = tiny_chain.prepare_image(picture), views_of(shape("mug"))
     solid = tiny_chain(picture, refine=False, generator=seeded())
     error = InputError("views: no surface was found in sample 0.")
-    assert best_candidates([error, solid], [views] * 2, tiny_chain.rig, [framed], [None])[0] == [1]
+    assert best_candidate([error, solid], [views] * 2, tiny_chain.rig, framed, None)[0] == 1
     with pytest.raises(InputError, match="no surface"):
-        best_candidates([solid, solid, error, error], [views] * 4, tiny_chain.rig, [framed, framed], [None, None])
+        best_candidate([error, error], [views] * 2, tiny_chain.rig, framed, None)
     with pytest.raises(InputError, match="num_candidates: got 0, expected at least 1"):
         tiny_chain(picture, num_candidates=0)
 

@@ -10,7 +10,7 @@ from one2345pp.errors import InputError
 from one2345pp.geometry.cameras import CameraRig
 from one2345pp.geometry.framing import frame_object
 from one2345pp.geometry.mesh import normalize_to_sphere
-from one2345pp.geometry.placement import place_picture
+from one2345pp.geometry.placement import ROOM, outline_circle, place_picture
 from one2345pp.geometry.render import render
 
 
@@ -31,8 +31,17 @@ def overlap(mesh: trimesh.Trimesh, elevation: float, fov: float) -> tuple[float,
 
 @pytest.mark.parametrize("sides", [(0.6, 0.8, 0.02), (0.9, 0.3, 0.1)])
 def test_what_is_flat_is_placed_where_it_is(sides):
-    """Oracle: the box of a plate that fills the sphere is as large as the view."""
-    assert overlap(normalize_to_sphere(trimesh.creation.box(sides)), 0.0, 0.52)[0] > 0.93
+    """Oracle: a plate that fills the sphere is seen as far out as the sphere, `ROOM` from its margin."""
+    assert overlap(normalize_to_sphere(trimesh.creation.box(sides)), 0.0, 0.52)[0] > 0.8
+
+
+def test_the_circle_of_an_outline():
+    """Oracle: a disc has its own, and an L that of its farthest corner about the middle of its box."""
+    y, x = np.mgrid[:64, :64] + 0.5
+    assert np.allclose(outline_circle(np.hypot(x - 30, y - 25) <= 12), (30, 25, 12), atol=0.7)
+    corner = np.zeros((64, 64), bool)
+    corner[10:50, 20:24] = corner[46:50, 20:50] = True
+    assert np.allclose(outline_circle(corner), (35, 30, np.hypot(15, 20)))
 
 
 @pytest.mark.parametrize(("elevation", "fov"), [(10.0, 0.52), (-10.0, 0.4), (30.0, 0.9)])
@@ -44,10 +53,11 @@ def test_a_framed_picture_is_about_what_the_camera_sees(elevation, fov):
 
 def test_the_picture_may_lie_anywhere_and_stays_whole():
     picture = Image.new("RGBA", (64, 64))
-    picture.paste((200, 60, 40, 255), (2, 4, 26, 36))  # 24 by 32: its diagonal is 40
+    picture.paste((200, 60, 40, 255), (2, 4, 26, 36))  # 24 by 32: its corners are 20 from the middle
     placed, camera = place_picture(picture, RIG, 15)
     box = Image.fromarray(np.uint8(255 * (np.asarray(placed)[..., 3] >= 128))).getbbox()
-    assert np.allclose(box, (32 - 12 * 1.6, 32 - 16 * 1.6, 32 + 12 * 1.6, 32 + 16 * 1.6), atol=1)
+    scale = 32 / (20 * ROOM)
+    assert np.allclose(box, (32 - 12 * scale, 32 - 16 * scale, 32 + 12 * scale, 32 + 16 * scale), atol=1)
     assert placed.getpixel((32, 32)) == (200, 60, 40, 255)
     x, y, z = camera.positions[0].tolist()
     assert len(camera) == 1 and abs(x) < 1e-5 and np.isclose(np.degrees(np.arctan2(y, z)), 15, atol=1e-3)

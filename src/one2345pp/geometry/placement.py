@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from PIL import Image
 
@@ -11,13 +9,16 @@ from .cameras import CameraRig
 from .framing import object_box, scaled_crop
 
 
+ROOM = 1.05  # half a view's side, in radii of the object's outline: the median of what rigs see of real objects
+
+
 def place_picture(picture: Image.Image, rig: CameraRig, elevation: float) -> tuple[Image.Image, CameraRig]:
     """Move and scale a picture of the front such that it is one more view beside those of a rig.
 
     The camera stands at azimuth 0, as far away and with the same lens as the rig's first. Objects are normalised to a sphere that
-    fills such a view, so the object is put in the middle, the diagonal of its box as long as the view's side: that is true where the
-    object is no deeper than the front is large. Of `val`, sizes are 14% off by this and middles 3% of the view; told by what drawn
-    masks leave of the volume 24% and 7%.
+    fills such a view, so the object is put in the middle, and what lies farthest out just inside the circle that fills the view. That
+    is true where the object is no deeper than its front is large: of three quarters of `val` the size is at most 9% off, while it is
+    up to 2.4 times too large where something long is seen from its end.
 
     Args:
         picture: `RGBA`, square; where the object lies in it and how large it is does not matter.
@@ -30,9 +31,22 @@ def place_picture(picture: Image.Image, rig: CameraRig, elevation: float) -> tup
     Raises:
         InputError: If the picture shows nothing.
     """
-    left, top, right, bottom = object_box(np.asarray(picture.getchannel("A")) >= 128)
-    side = math.hypot(right - left, bottom - top)
-    x, y = (left + right - side) / 2, (top + bottom - side) / 2
-    placed = scaled_crop(picture.convert("RGBa"), (x, y, x + side, y + side), picture.width)
+    x, y, radius = outline_circle(np.asarray(picture.getchannel("A")) >= 128)
+    half = ROOM * radius
+    placed = scaled_crop(picture.convert("RGBa"), (x - half, y - half, x + half, y + half), picture.width)
     camera = CameraRig.from_angles([0.0], elevation, rig.fov[0].item(), rig.positions[0].norm().item())
     return placed.convert("RGBA"), camera
+
+
+def outline_circle(
+    mask: np.ndarray,  # [H, W] bool
+) -> tuple[float, float, float]:
+    """The middle of what a mask shows, `x, y` in pixels from the upper left corner, and how far it reaches from there.
+
+    Raises:
+        InputError: If it shows nothing.
+    """
+    left, top, right, bottom = object_box(mask)
+    x, y = (left + right) / 2, (top + bottom) / 2
+    rows, columns = np.nonzero(mask)
+    return x, y, float(np.hypot(np.abs(columns + 0.5 - x) + 0.5, np.abs(rows + 0.5 - y) + 0.5).max())

@@ -21,7 +21,7 @@ from ..models.condition_encoder import ConditionEncoder
 from ..models.elevation import ElevationEstimator
 from ..models.unet_occupancy import OccupancyUNet3DModel
 from ..models.unet_sparse import SparseUNet3DModel
-from .candidates import best_candidates
+from .candidates import best_candidate
 from .elevations import add_picture, check_elevation, find_elevations
 from .hub import SelfContainedMixin
 from .pipeline_multiview_tile import MultiViewTilePipeline
@@ -331,7 +331,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
 
         # 3. Draw six views of each candidate, cut out of their grey
         multiview, rig = self.multiview, self.rig
-        tries = [each for each in zip(images, generators, elevations, strict=True) for _ in range(num_candidates)]
+        tries = [each for each in zip(images, generators, strict=True) for _ in range(num_candidates)]
         views = [
             multiview(
                 picture,
@@ -344,31 +344,36 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
                 cross_attention_kwargs=cross_attention_kwargs,
                 transparent=True,
             ).views[0]
-            for picture, one, _ in tries
+            for picture, one in tries
         ]
 
         # 4. Volume and mesh of each; one that fails does not stop the others
-        volume, solids = self.drawn_volume, []
-        for (picture, one, degrees), six in zip(tries, views, strict=True):
-            pictures, cameras, kinds = add_picture(picture, six, rig, degrees)
-            try:
-                solid = volume(
-                    pictures,
-                    cameras=cameras,
-                    image=picture,
-                    num_occupancy_steps=num_occupancy_steps,
-                    num_sparse_steps=num_sparse_steps,
-                    generator=one,
-                    callback_on_step_end=callback_on_step_end,
-                    kinds=kinds if self.config.tell_kinds else None,
-                )
-            except InputError as error:
-                solid = error
-            solids.append(solid)
+        volume, kept = self.drawn_volume, []
+        for first, picture, one, degrees in zip(
+            range(0, len(views), num_candidates), images, generators, elevations, strict=True
+        ):
+            tried, solids = views[first : first + num_candidates], []
+            for six in tried:
+                pictures, cameras, kinds = add_picture(picture, six, rig, degrees)
+                try:
+                    solid = volume(
+                        pictures,
+                        cameras=cameras,
+                        image=picture,
+                        num_occupancy_steps=num_occupancy_steps,
+                        num_sparse_steps=num_sparse_steps,
+                        generator=one,
+                        callback_on_step_end=callback_on_step_end,
+                        kinds=kinds if self.config.tell_kinds else None,
+                    )
+                except InputError as error:
+                    solid = error
+                solids.append(solid)
 
-        # 5. Find how the picture looks at each mesh, and keep the mesh that agrees best with all its pictures
-        kept, fits = best_candidates(solids, views, rig, images, elevations)
-        views, solids = [views[index] for index in kept], [solids[index] for index in kept]
+            # 5. Find how the picture looks at each mesh, and keep the mesh that agrees best with all its pictures
+            best, fit = best_candidate(solids, tried, rig, picture, degrees)
+            kept.append((tried[best], solids[best], fit))
+        views, solids, fits = map(list, zip(*kept, strict=True))
         volumes = [solid.volumes[0] for solid in solids]
         coarse_meshes = [solid.meshes[0] for solid in solids]
 

@@ -16,6 +16,7 @@ from ..geometry.cameras import CameraRig
 from ..geometry.placement import place_picture
 from ..models.condition_encoder import DRAWN, GIVEN, PICTURE, VIEW_KINDS, ViewBatch, views_to_images
 from ..pipelines.preprocess import key_background
+from .picture_world import to_picture
 
 
 DEFAULTS = {
@@ -41,6 +42,8 @@ CHANCES = ("drawn", "picture", "mirror", "recolor", "rekey", "blur", "drop_view"
 class SampleBatch:
     """Items of a `PreparedDataset` as tensors in one random world: mirrored or not, recoloured or not.
 
+    Samples that show a picture beside views drawn of it are in that picture's world, see `picture_world`.
+
     Attributes:
         views: `ViewBatch` of `B` samples.
         sdf: `[B, X, Y, Z]`, in units of the truncation distance, -1 to 1.
@@ -56,16 +59,17 @@ class SampleBatch:
         for item in items:
             rig, views, picture, kind = _pick_views(item, chance("drawn"), config["normals"], generator)
             kinds, groups = [kind] * len(views), [views]  # the picture that views are drawn of is a group of its own
+            sdf = item["sdf"].float() / 127
+            color = torch.zeros(3, *sdf.shape)
+            x, y, z = item["coords"].T
+            color[:, x, y, z] = item["colors"].T.float() / 127.5 - 1
             if kind == DRAWN and chance("picture"):
                 error = config["elevation_error"] * torch.randn((), generator=generator).item()
                 placed, camera = _placed_picture(item, rig, error)
                 kinds.append(PICTURE)
                 groups.append(placed)
                 rig = CameraRig.cat([rig, camera])
-            sdf = item["sdf"].float() / 127
-            color = torch.zeros(3, *sdf.shape)
-            x, y, z = item["coords"].T
-            color[:, x, y, z] = item["colors"].T.float() / 127.5 - 1
+                sdf, color = to_picture(sdf, color, placed[0, 3] >= 0.5, camera)
             matrix, tangent = rig.world_to_camera, rig.tan_half_fov
             if chance("mirror"):
                 groups, picture = [group.flip(-1) for group in groups], picture.flip(-1)

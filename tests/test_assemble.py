@@ -33,6 +33,7 @@ def test_assembled_folder_has_every_part(trainings):
                 "drawn_volume": {"surface_level": 0.2},
                 "candidates": 4,
                 "tell_kinds": True,
+                "believe_picture": True,
             }
         )
     )
@@ -45,7 +46,7 @@ def test_assembled_folder_has_every_part(trainings):
     assert (folder / "out" / "README.md").read_text() == "# a card\n"
     assert pipe.volume.config.default_num_sparse_steps == 3
     assert pipe.config.default_num_candidates == 4
-    assert pipe.config.tell_kinds
+    assert pipe.config.tell_kinds and pipe.config.believe_picture
     assert pipe.drawn_volume.config.surface_level == 0.2
     assert pipe.volume.config.truncation == pytest.approx(3.2 / 16)
     for name in ("occupancy_unet", "sparse_condition", "elevation_estimator"):

@@ -11,9 +11,9 @@ from conftest import volume_components
 from PIL import Image
 
 from one2345pp import CameraRig, ConditionEncoder, InputError, SparseVolumeDiffusionPipeline
+from one2345pp.geometry.placement import place_picture
 from one2345pp.models.condition_encoder import ViewBatch, views_to_images
 from one2345pp.models.sparse import SparseGrid
-from one2345pp.pipelines.elevations import add_picture
 from one2345pp.training.components import start_from
 from one2345pp.training.views import CHANCES, DEFAULTS, SampleBatch
 
@@ -175,27 +175,30 @@ def test_kinds_that_cannot_be_are_refused(kinds):
 # --- the chain -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tell", [True, False])
-def test_the_chain_tells_kinds_where_its_networks_learnt_them(tiny_chain, tell, monkeypatch, tmp_path):
-    """Oracle: what the volume stage is called with, by a chain that was saved and loaded."""
-    tiny_chain.register_to_config(tell_kinds=tell)
+@pytest.mark.parametrize(("tell", "believe"), [(True, True), (True, False), (False, True)])
+def test_the_chain_tells_kinds_where_its_networks_learnt_them(tiny_chain, tell, believe, monkeypatch, tmp_path):
+    """Oracle: what the volume stage is called with, by a chain that was saved and loaded; a picture that is believed is a view."""
+    tiny_chain.register_to_config(tell_kinds=tell, believe_picture=believe)
     tiny_chain.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "model_index.json").read_text())["tell_kinds"] is tell
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["tell_kinds"] is tell and index["believe_picture"] is believe
     loaded = type(tiny_chain).from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     told = []
     call = SparseVolumeDiffusionPipeline.__call__
 
-    def listen(pipe, *args, kinds=None, **kwargs):
-        told.append(kinds)
-        return call(pipe, *args, kinds=kinds, **kwargs)
+    def listen(pipe, views, cameras, kinds=None, **kwargs):
+        assert len(views) == len(cameras)
+        told.append((len(views), kinds))
+        return call(pipe, views, cameras=cameras, kinds=kinds, **kwargs)
 
     monkeypatch.setattr(SparseVolumeDiffusionPipeline, "__call__", listen)
     picture = Image.new("RGBA", (64, 64))
     picture.paste((200, 60, 40, 255), (16, 8, 48, 56))
     for elevation in (None, 10.0):
         loaded(picture, refine=False, elevation=elevation, generator=torch.Generator().manual_seed(0))
-    assert told == ([["drawn"] * 6, KINDS] if tell else [None, None])
+    seen = KINDS if believe else KINDS[:6]
+    assert told == [(6, KINDS[:6] if tell else None), (len(seen), seen if tell else None)]
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -225,14 +228,15 @@ def batch(items: list[dict], config: dict, seed: int = 0) -> SampleBatch:
 
 
 def test_a_batch_shows_the_picture_beside_views_that_were_drawn_of_it():
-    """Oracle: `add_picture`, as the chain does it, from where the sample says; a sample without one has an absent view there."""
+    """Oracle: `place_picture`, as the chain calls it, from where the sample says; a sample without one has an absent view there."""
     views = batch([item(True), item(False)], DRAWN).views
     assert views.kinds.tolist() == [[1] * 6 + [2], [0] * 7]
     assert views.present.tolist() == [[True] * 7, [True] * 6 + [False]]
     picture = Image.fromarray(item(True)["inputs"][1].numpy())
-    placed, rig, kinds = add_picture(picture, [picture] * 6, CameraRig.named("zero123plus-v1.2"), 25.0)
-    assert kinds == KINDS
-    expected = views_to_images(torch.from_numpy(np.array(placed[-1])).movedim(-1, 0)[None].float() / 255)
+    drawn = CameraRig.named("zero123plus-v1.2")
+    placed, camera = place_picture(picture, drawn, 25.0)
+    rig = CameraRig.cat([drawn, camera])
+    expected = views_to_images(torch.from_numpy(np.array(placed)).movedim(-1, 0)[None].float() / 255)
     torch.testing.assert_close(views.images[0, 6:], expected)
     torch.testing.assert_close(views.world_to_camera[0], rig.world_to_camera)
     torch.testing.assert_close(views.tan_half_fov[0], rig.tan_half_fov)

@@ -38,6 +38,7 @@ def assemble(
     texture: dict | None = None,
     candidates: int = 1,
     tell_kinds: bool = False,
+    believe_picture: bool = False,
     sign_step_threshold: float | None = None,
     card: Path | None = None,
     dtype: torch.dtype = torch.float16,
@@ -56,6 +57,7 @@ def assemble(
         texture: Scalar arguments of `TextureRefinementPipeline`.
         candidates: `default_num_candidates` of the chain.
         tell_kinds: Of the chain: the volume networks learnt with the views that this first stage draws.
+        believe_picture: Of the chain: a picture is one more view, and the volume takes its outline.
         sign_step_threshold: Of the occupancy scheduler; LAS-Diffusion has 0.7, the small checkpoint does better without on `val`.
         card: Model card, copied as `README.md`.
         dtype: Of the weights on disk.
@@ -89,6 +91,7 @@ def assemble(
         drawn_volume_config=drawn_volume,
         default_num_candidates=candidates,
         tell_kinds=tell_kinds,
+        believe_picture=believe_picture,
         elevation_estimator=estimator,
     )
     chain.to(dtype=dtype)

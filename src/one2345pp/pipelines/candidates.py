@@ -1,4 +1,4 @@
-"""Which of several tries at one picture is the best, told without the truth."""
+"""Tries at one picture: what is made of the views that were drawn of it, and which try is the best, told without the truth."""
 
 # N tries at one picture, V views each
 
@@ -9,8 +9,47 @@ from PIL import Image
 
 from ..errors import InputError
 from ..geometry.cameras import CameraRig
+from ..geometry.extract import volume_to_mesh
+from ..geometry.outline import fit_outline
 from ..geometry.picture_fit import PictureFit, fit_picture, outline_overlap
+from ..geometry.placement import place_picture
+from ..models.condition_encoder import DRAWN, PICTURE
 from .pipeline_output import SparseVolumePipelineOutput
+from .pipeline_sparse_volume import SparseVolumeDiffusionPipeline
+
+
+def reconstruct_drawn(
+    volume: SparseVolumeDiffusionPipeline,
+    views: list[Image.Image],  # [V]
+    rig: CameraRig,  # [V]
+    picture: Image.Image,
+    elevation: float | None,
+    tell_kinds: bool,
+    **options,
+) -> SparseVolumePipelineOutput:
+    """Volume and mesh of drawn views and, if it can be placed, the picture that they were drawn of.
+
+    Args:
+        volume: The volume stage, with the settings for drawn views.
+        views: `RGBA`, as the first stage drew them.
+        rig: Their cameras.
+        picture: `RGBA`, square.
+        elevation: Degrees above the horizon from which the picture looks. Told, it is one more view, and the volume takes its outline.
+        tell_kinds: Tell the volume stage what each view is.
+        options: Others of its call.
+
+    Raises:
+        InputError: If no surface is found.
+    """
+    pictures, cameras, kinds = views, rig, [DRAWN] * len(views)
+    if elevation is not None:
+        placed, camera = place_picture(picture, rig, elevation)
+        pictures, cameras, kinds = [*views, placed], CameraRig.cat([rig, camera]), [*kinds, PICTURE]
+    told = kinds if tell_kinds else None
+    solid = volume(pictures, cameras=cameras, image=picture, kinds=told, output_type="volume", **options).volumes[0]
+    if elevation is not None:
+        solid = fit_outline(solid, placed, camera)
+    return SparseVolumePipelineOutput([solid], [volume_to_mesh(solid)])
 
 
 def best_candidate(

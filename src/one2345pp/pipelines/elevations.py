@@ -1,4 +1,4 @@
-"""From how high each picture of a call to the chain looks, and what is done with that before there is a mesh."""
+"""From how high each picture of a call to the chain looks, told or estimated."""
 
 # B pictures
 
@@ -11,10 +11,7 @@ import torch
 from PIL import Image
 
 from ..errors import InputError
-from ..geometry.cameras import CameraRig
 from ..geometry.framing import frame_object
-from ..geometry.placement import place_picture
-from ..models.condition_encoder import DRAWN, PICTURE
 from ..models.elevation import ElevationEstimator
 
 
@@ -55,14 +52,3 @@ def find_elevations(
         logger.info("picture %d: looks from about %.0f degrees above the horizon", index + 1, degrees)
         told[index] = degrees
     return told
-
-
-def add_picture(
-    picture: Image.Image, views: list[Image.Image], rig: CameraRig, elevation: float | None
-) -> tuple[list[Image.Image], CameraRig, list[str]]:
-    """The drawn views and, where its elevation is known, the picture as one more, with all their cameras and kinds."""
-    kinds = [DRAWN] * len(views)
-    if elevation is None:
-        return views, rig, kinds
-    placed, camera = place_picture(picture, rig, elevation)
-    return [*views, placed], CameraRig.cat([rig, camera]), [*kinds, PICTURE]

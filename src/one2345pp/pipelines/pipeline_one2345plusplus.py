@@ -21,8 +21,8 @@ from ..models.condition_encoder import ConditionEncoder
 from ..models.elevation import ElevationEstimator
 from ..models.unet_occupancy import OccupancyUNet3DModel
 from ..models.unet_sparse import SparseUNet3DModel
-from .candidates import best_candidate
-from .elevations import add_picture, check_elevation, find_elevations
+from .candidates import best_candidate, reconstruct_drawn
+from .elevations import check_elevation, find_elevations
 from .hub import SelfContainedMixin
 from .pipeline_multiview_tile import MultiViewTilePipeline
 from .pipeline_output import One2345PlusPlusPipelineOutput
@@ -80,6 +80,8 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         default_num_candidates (`int`): Candidates of a call that does not say.
         tell_kinds (`bool`): Whether the volume stage is told that its views are drawn, and which is the picture: for weights that
             learnt with the views of this first stage. One that draws like true views does better without.
+        believe_picture (`bool`): Whether a picture of known elevation is one more view of the volume stage, and the volume takes its
+            outline (`geometry.outline`). How large it is beside the views is a guess: views like true ones do better without.
     """
 
     model_cpu_offload_seq = (
@@ -115,6 +117,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         drawn_volume_config: dict | None = None,
         default_num_candidates: int = 1,
         tell_kinds: bool = False,
+        believe_picture: bool = False,
     ):
         super().__init__()
         self.register_modules(
@@ -145,6 +148,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             drawn_volume_config=dict(drawn_volume_config or {}),
             default_num_candidates=default_num_candidates,
             tell_kinds=tell_kinds,
+            believe_picture=believe_picture,
         )
 
     # --- stages -------------------------------------------------------------------------------------------------
@@ -159,6 +163,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         default_num_candidates: int = 1,
         elevation_estimator: ElevationEstimator | None = None,
         tell_kinds: bool = False,
+        believe_picture: bool = False,
     ) -> One2345PlusPlusPipeline:
         """A chain that shares the components of its stages. Both image stages use the vision encoder of `multiview`."""
         texture = TextureRefinementPipeline() if texture is None else texture
@@ -178,6 +183,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             drawn_volume_config=drawn_volume_config,
             default_num_candidates=default_num_candidates,
             tell_kinds=tell_kinds,
+            believe_picture=believe_picture,
         )
 
     @property
@@ -354,17 +360,18 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         ):
             tried, solids = views[first : first + num_candidates], []
             for six in tried:
-                pictures, cameras, kinds = add_picture(picture, six, rig, degrees)
                 try:
-                    solid = volume(
-                        pictures,
-                        cameras=cameras,
-                        image=picture,
+                    solid = reconstruct_drawn(
+                        volume,
+                        six,
+                        rig,
+                        picture,
+                        degrees if self.config.believe_picture else None,
+                        self.config.tell_kinds,
                         num_occupancy_steps=num_occupancy_steps,
                         num_sparse_steps=num_sparse_steps,
                         generator=one,
                         callback_on_step_end=callback_on_step_end,
-                        kinds=kinds if self.config.tell_kinds else None,
                     )
                 except InputError as error:
                     solid = error

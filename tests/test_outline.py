@@ -6,6 +6,7 @@ import torch
 import trimesh
 from PIL import Image
 
+from one2345pp.errors import InputError
 from one2345pp.geometry.cameras import CameraRig
 from one2345pp.geometry.extract import volume_to_mesh
 from one2345pp.geometry.outline import fit_outline
@@ -82,3 +83,8 @@ def test_where_the_volume_knows_nothing_nothing_is_added():
     before = volume_of(BODY)
     after = volume_to_mesh(fit_outline(before, seen(camera, BODY, box((0.05, 0.1, 0.05), (0.0, 0.4, 0.0))), camera))
     assert after.bounds[1, 1] < 0.2
+
+
+def test_a_picture_of_nothing_is_refused():
+    with pytest.raises(InputError, match="fully transparent"):
+        fit_outline(volume_of(BODY), Image.new("RGBA", (32, 32)), front(0.0))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .cameras import CameraRig, project
 from .extract import solid_sdf
+from .framing import object_box
 from .volume import SparseVolume, cell_centers
 
 
@@ -47,6 +48,9 @@ def fit_outline(
 
     Returns:
         The volume on all cells nearer to the new surface than the truncation. Colours of new cells are their nearest old ones'.
+
+    Raises:
+        InputError: If the picture shows nothing.
     """
     cell = 1 / volume.resolution
     grid = torch.from_numpy(solid_sdf(volume)).float()
@@ -74,7 +78,8 @@ def fit_outline(
 
 def _outline_distance(picture: Image.Image) -> Tensor:
     """Signed distance to the picture's outline, negative in it, in half sides of the view, `[S, S]`."""
-    inside = np.asarray(picture.getchannel("A")) >= 128
+    inside = np.asarray(picture.convert("RGBA").getchannel("A")) >= 128
+    object_box(inside)  # raises if there is none
     pixels = ndimage.distance_transform_edt(~inside) - ndimage.distance_transform_edt(inside)
     return torch.from_numpy((pixels - 0.5 * np.sign(pixels)) * 2 / picture.width).float()
 

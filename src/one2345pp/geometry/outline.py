@@ -20,6 +20,7 @@ from .framing import object_box
 from .volume import SparseVolume, cell_centers
 
 
+MIDDLE = 0.06  # world units that a surface is believed further away for each that it lies off the volume's middle
 MOST_RAYS = 192  # along a side of the view; else three for two cells
 
 
@@ -35,8 +36,8 @@ def fit_outline(
     """Give a volume the outline of one picture that can be believed.
 
     Where the picture shows nothing there is nothing: distances are at least those to the outline's cone. Where it shows something that
-    the volume lacks, each ray through it says at which depth the volume comes nearest to a surface, and there the distance is
-    lowered: to half the width of the outline at that place, at most `thickness`. What the picture does not show stays.
+    the volume lacks, each ray through it says at which depth the volume comes nearest to a surface, in doubt in the middle, and there
+    the distance is lowered: to half the width of the outline at that place, at most `thickness`. What the picture does not show stays.
 
     Args:
         volume: Signed distance and colour, negative inside.
@@ -98,9 +99,11 @@ def _nearest_along_rays(grid: Tensor, camera: CameraRig, rays: int) -> tuple[Ten
     values = F.grid_sample(grid[None, None], 2 * points.flip(-1)[None], padding_mode="border", align_corners=False)[
         0, 0
     ]
-    outside = (points.abs() > 0.5).any(-1)
-    nearest, index = values.masked_fill(outside, math.inf).min(0)
-    return nearest.clamp(max=1.0), depth[index] * tangent
+    outside = (points.abs() > 0.5 - 2 / grid.shape[0]).any(-1)  # at the border distances are extended, and say little
+    doubt = MIDDLE * (depth - middle).abs().view(-1, 1, 1)
+    index = (values + doubt).masked_fill(outside, math.inf).argmin(0, keepdim=True)
+    nearest = values.masked_fill(outside, 1.0).gather(0, index)[0]
+    return nearest, depth[index[0]] * tangent
 
 
 def _resized(image: Tensor, size: int) -> Tensor:

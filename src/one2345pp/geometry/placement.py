@@ -9,7 +9,7 @@ from .cameras import CameraRig
 from .framing import object_box, scaled_crop
 
 
-ROOM = 1.05  # half a view's side, in radii of the object's outline: the median of what rigs see of real objects
+ROOM = 1.03  # half a view's side, in radii of the outline: so it overlaps most with what rigs see of `train` objects
 
 
 def place_picture(picture: Image.Image, rig: CameraRig, elevation: float) -> tuple[Image.Image, CameraRig]:
@@ -17,7 +17,7 @@ def place_picture(picture: Image.Image, rig: CameraRig, elevation: float) -> tup
 
     The camera stands at azimuth 0, as far away and with the same lens as the rig's first. Objects are normalised to a sphere that
     fills such a view, so the object is put in the middle, and what lies farthest out just inside the circle that fills the view. That
-    is true where the object is no deeper than its front is large: of three quarters of `val` the size is at most 9% off, while it is
+    is true where the object is no deeper than its front is large: of two thirds of `val` the size is at most 9% off, while it is
     up to 2.4 times too large where something long is seen from its end.
 
     Args:

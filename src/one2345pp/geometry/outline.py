@@ -64,12 +64,13 @@ def fit_outline(
     away = _sampled(outline, uv) * unit
 
     # what the picture shows and the volume lacks
-    nearest, scale = _nearest_along_rays(grid, camera, min(3 * volume.resolution // 2, MOST_RAYS))  # [H, W] each
-    wanted = (_resized(outline, len(scale)) * scale).clamp(min=-thickness * cell)
+    nearest, where = _nearest_along_rays(grid, camera, min(3 * volume.resolution // 2, MOST_RAYS))  # [H, W] each
+    wanted = (_resized(outline, len(where)) * where * camera.tan_half_fov[0]).clamp(min=-thickness * cell)
     lacking = (nearest - wanted).clamp(min=0) * (wanted < 0) * (nearest < reach * volume.truncation)
-    missing, nearest = _sampled(lacking, uv), _sampled(nearest, uv)
+    missing, nearest, where = (_sampled(image, uv) for image in (lacking, nearest, where))
     distance = grid.flatten()
-    share = (1 - (distance - nearest) / (2 * cell)).clamp(0, 1)  # of the ray's nearest cells, not of all
+    share = (1 - (distance - nearest) / (2 * cell)).clamp(0, 1)  # of the ray's nearest cells, not of all;
+    share = share * (2.5 - (depth - where).abs() / cell).clamp(0, 1)  # where nothing is known many are as near
     distance = distance - missing * share
 
     # what the volume has and the picture does not show
@@ -86,7 +87,7 @@ def _outline_distance(picture: Image.Image) -> Tensor:
 
 
 def _nearest_along_rays(grid: Tensor, camera: CameraRig, rays: int) -> tuple[Tensor, Tensor]:
-    """The smallest distance along each ray of the view, and the world units of half a side there; `[rays, rays]` both."""
+    """The smallest distance along each ray of the view, and the depth where it is; `[rays, rays]` both."""
     side = (torch.arange(rays) + 0.5) / rays * 2 - 1
     v, u = torch.meshgrid(side, side, indexing="ij")
     tangent, middle = camera.tan_half_fov[0], camera.positions[0].norm()
@@ -103,7 +104,7 @@ def _nearest_along_rays(grid: Tensor, camera: CameraRig, rays: int) -> tuple[Ten
     doubt = MIDDLE * (depth - middle).abs().view(-1, 1, 1)
     index = (values + doubt).masked_fill(outside, math.inf).argmin(0, keepdim=True)
     nearest = values.masked_fill(outside, 1.0).gather(0, index)[0]
-    return nearest, depth[index[0]] * tangent
+    return nearest, depth[index[0]]
 
 
 def _resized(image: Tensor, size: int) -> Tensor:

@@ -20,32 +20,24 @@ from .framing import object_box
 from .volume import SparseVolume, cell_centers
 
 
+MARGIN = 0.5  # cells that the surface may stand out of the outline
+THICKNESS = 1.0  # cells, the largest distance from the surface inside what is added
+REACH = 0.8  # a ray that stays further away from any surface than this share of the truncation is left empty
 MIDDLE = 0.06  # world units that a surface is believed further away for each that it lies off the volume's middle
 MOST_RAYS = 192  # along a side of the view; else three for two cells
 
 
-def fit_outline(
-    volume: SparseVolume,
-    picture: Image.Image,
-    camera: CameraRig,
-    *,
-    margin: float = 0.5,
-    thickness: float = 1.0,
-    reach: float = 0.8,
-) -> SparseVolume:
+def fit_outline(volume: SparseVolume, picture: Image.Image, camera: CameraRig) -> SparseVolume:
     """Give a volume the outline of one picture that can be believed.
 
     Where the picture shows nothing there is nothing: distances are at least those to the outline's cone. Where it shows something that
     the volume lacks, each ray through it says at which depth the volume comes nearest to a surface, in doubt in the middle, and there
-    the distance is lowered: to half the width of the outline at that place, at most `thickness`. What the picture does not show stays.
+    the distance is lowered: to half the width of the outline at that place, at most a cell. What the picture does not show stays.
 
     Args:
         volume: Signed distance and colour, negative inside.
         picture: `RGBA`, square, as `camera` sees it.
         camera: A rig of one.
-        margin: How far the surface may stand out of the outline, in cells.
-        thickness: Largest distance from the surface inside what is added, in cells.
-        reach: A ray that stays further away from any surface than this is left empty, as a share of the truncation.
 
     Returns:
         The volume on all cells nearer to the new surface than the truncation. Colours of new cells are their nearest old ones'.
@@ -60,21 +52,23 @@ def fit_outline(
     cells = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).view(-1, 3)
     uv, depth = project(cell_centers(cells, volume.resolution), camera)
     uv, depth = uv[0], depth[0]
-    unit = depth * camera.tan_half_fov[0]  # world units that half a side of the view shows
-    away = _sampled(outline, uv) * unit
+    tangent = camera.tan_half_fov[0]  # times a depth: world units that half a side of the view shows
+    away = _sampled(outline, uv) * depth * tangent
 
     # what the picture shows and the volume lacks
     nearest, where = _nearest_along_rays(grid, camera, min(3 * volume.resolution // 2, MOST_RAYS))  # [H, W] each
-    wanted = (_resized(outline, len(where)) * where * camera.tan_half_fov[0]).clamp(min=-thickness * cell)
-    lacking = (nearest - wanted).clamp(min=0) * (wanted < 0) * (nearest < reach * volume.truncation)
+    wanted = (_resized(outline, len(where)) * where * tangent).clamp(min=-THICKNESS * cell)
+    lacking = (nearest - wanted).clamp(min=0) * (wanted < 0) * (nearest < REACH * volume.truncation)
     missing, nearest, where = (_sampled(image, uv) for image in (lacking, nearest, where))
     distance = grid.flatten()
-    share = (1 - (distance - nearest) / (2 * cell)).clamp(0, 1)  # of the ray's nearest cells, not of all;
-    share = share * (2.5 - (depth - where).abs() / cell).clamp(0, 1)  # where nothing is known many are as near
+    share = (1 - (distance - nearest) / (2 * cell)).clamp(0, 1)  # of the ray's nearest cells
+    share = share * (2.5 - (depth - where).abs() / cell).clamp(
+        0, 1
+    )  # at one depth: where nothing is known, all are as near
     distance = distance - missing * share
 
     # what the volume has and the picture does not show
-    distance = torch.maximum(distance, away - margin * cell).clamp(-volume.truncation, volume.truncation)
+    distance = torch.maximum(distance, away - MARGIN * cell).clamp(-volume.truncation, volume.truncation)
     return _with_distances(volume, distance.view(grid.shape))
 
 
@@ -97,9 +91,8 @@ def _nearest_along_rays(grid: Tensor, camera: CameraRig, rays: int) -> tuple[Ten
     points = depth.view(-1, 1, 1, 1) * directions
     matrix = camera.world_to_camera[0]
     points = (points - matrix[:3, 3]) @ matrix[:3, :3]
-    values = F.grid_sample(grid[None, None], 2 * points.flip(-1)[None], padding_mode="border", align_corners=False)[
-        0, 0
-    ]
+    where = 2 * points.flip(-1)[None]
+    values = F.grid_sample(grid[None, None], where, padding_mode="border", align_corners=False)[0, 0]
     outside = (points.abs() > 0.5 - 2 / grid.shape[0]).any(-1)  # at the border distances are extended, and say little
     doubt = MIDDLE * (depth - middle).abs().view(-1, 1, 1)
     index = (values + doubt).masked_fill(outside, math.inf).argmin(0, keepdim=True)

@@ -156,7 +156,8 @@ def test_training_learns_from_how_high_plates_are_seen(sets, tmp_path, backend):
 
 @pytest.fixture
 def chain(tiny_chain):
-    """A chain with an estimator, and a picture."""
+    """A chain with an estimator that believes the picture, as the package's does."""
+    tiny_chain.register_to_config(believe_picture=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tiny_chain.elevation_estimator = ElevationEstimator(**SMALL).eval()

@@ -172,7 +172,8 @@ def picture() -> Image.Image:
 
 def estimated(chain, picture: Image.Image) -> float:
     framed = np.asarray(frame_object(chain.prepare_image(picture), 16))
-    return chain.elevation_estimator.estimate(torch.from_numpy(framed).movedim(-1, 0)[None].float() / 255).item()
+    pixels = torch.from_numpy(framed[None]).movedim(-1, 1)  # laid out as a batch is: another order rounds otherwise
+    return chain.elevation_estimator.estimate(pixels.float() / 255).item()
 
 
 def run(chain, picture, **kwargs) -> list[bytes]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from reconstruct_val import cut, true_pictures
+from reconstruct_val import cut, mesh_file, true_pictures
 
 from one2345pp.geometry.cameras import CameraRig
 from one2345pp.geometry.mesh import load_mesh, normalize_to_sphere
@@ -48,7 +48,7 @@ def main() -> None:
 
 def mesh_sides(results: Path, method: str, name: str) -> list[np.ndarray]:
     """A predicted mesh from four sides, or nothing where there is none."""
-    path = results / "pred" / method / f"{name}.ply"
+    path = mesh_file(results, method, name)
     if not path.exists():
         return [np.zeros((SIZE, SIZE, 4), np.uint8)] * 4
     return list(render(load_mesh(path), orbit(4), 2 * SIZE))

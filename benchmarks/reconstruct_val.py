@@ -77,6 +77,9 @@ def parse_arguments() -> argparse.Namespace:
         default="estimated",
         help="whether `generate` is told the image's elevation, estimates it if the checkpoint can, or does without",
     )
+    parser.add_argument(
+        "--refine", action="store_true", help="paint textures on `generate`'s meshes, as the command does; slower"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
@@ -142,7 +145,7 @@ def predict(objects: list[dict], args: argparse.Namespace) -> None:
     index, count = args.shard
     pipe = None
     for row in objects[index::count]:
-        targets = {m: args.output / "pred" / m / f"{row['name']}.ply" for m in args.methods}
+        targets = {m: mesh_file(args.output, m, row["name"], args.refine) for m in args.methods}
         missing = {m: path for m, path in targets.items() if not path.exists()}
         if not missing:
             continue
@@ -159,6 +162,12 @@ def predict(objects: list[dict], args: argparse.Namespace) -> None:
                 print(f"{path.stem}: {method}: {time.perf_counter() - start:.1f} s", flush=True)
             except InputError as error:  # counted as missing by the evaluation
                 print(f"{path.stem}: {method}: {error}", flush=True)
+
+
+def mesh_file(output: Path, method: str, name: str, refined: bool = False) -> Path:
+    """Where the mesh of a method is: as PLY with colours of its vertices, or as GLB with a texture; whichever exists, if one does."""
+    plain, painted = (output / "pred" / method / f"{name}{suffix}" for suffix in (".ply", ".glb"))
+    return painted if painted.exists() or (refined and method == "generate" and not plain.exists()) else plain
 
 
 def load_pipeline(args: argparse.Namespace):
@@ -178,7 +187,7 @@ def predict_one(method, pipe, image: Image.Image, views: list, rig: CameraRig, a
         return pipe.volume(views, cameras=rig, image=image, generator=generator).meshes[0]
     if method == "generate":
         told = args.input_elevation if args.elevation == "told" else None
-        out = pipe(image, refine=False, generator=generator, elevation=told)
+        out = pipe(image, refine=args.refine, generator=generator, elevation=told)
         folder = args.output / "generated_views"
         folder.mkdir(exist_ok=True)
         contact_sheet([out.views[0]], gap=0).save(folder / f"{name}.png")
@@ -188,10 +197,14 @@ def predict_one(method, pipe, image: Image.Image, views: list, rig: CameraRig, a
     return extruded_silhouette(np.asarray(image))
 
 
+def meshes_in(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.ply"), *folder.glob("*.glb")], key=lambda path: path.stem)
+
+
 def measure(method: str, args: argparse.Namespace) -> dict | None:
     """The method's own report, or `None` if it made no mesh."""
     pred = args.output / "pred" / method
-    if not any(pred.glob("*.ply")):
+    if not meshes_in(pred):
         print(f"{method}: made no mesh", flush=True)
         return None
     settings = {"points": args.points, "views": args.views, "seed": args.seed}
@@ -206,7 +219,7 @@ def front_view(method: str, args: argparse.Namespace, size: int = 160) -> dict[s
     `front_iou` as they stand; `front_iou_framed` each in its frame, as the input image is, which says nothing of size and place.
     """
     figures, camera = [], front_camera(args.input_elevation)
-    for path in sorted((args.output / "pred" / method).glob("*.ply")):
+    for path in meshes_in(args.output / "pred" / method):
         meshes = load_mesh(path), normalize_to_sphere(load_mesh(args.output / "gt" / f"{path.stem}.glb"))
         pictures = [Image.fromarray(render(mesh, camera, size, supersample=1, shading="none")[0]) for mesh in meshes]
         try:
@@ -267,7 +280,7 @@ def draw_sheets(objects: list[dict], args: argparse.Namespace) -> None:
         if generated.exists():
             rows.insert(1, [label("generated views"), *cut(Image.open(generated))])
         for method in args.methods:
-            path = args.output / "pred" / method / f"{name}.ply"
+            path = mesh_file(args.output, method, name)
             if path.exists():
                 rows.append([label(method), *render(load_mesh(path), orbit(4), 192)])
         contact_sheet(rows, size=192).save(folder / f"{name}.png")

@@ -67,6 +67,30 @@ def test_what_is_nearly_there_is_put_there(elevation):
     assert mesh.volume == pytest.approx(volume_to_mesh(truth).volume, rel=0.1)
 
 
+def test_a_part_that_is_missing_hangs_together_with_the_rest():
+    """Oracle: legs of which the volume knows nothing reach the floor in one piece, no deeper or nearer than the body is."""
+    camera = front(0.0)
+    legs = [box((0.05, 0.3, 0.05), (x, -0.25, -0.1)) for x in (-0.2, 0.2)]
+    picture = seen(camera, BODY, *legs)
+    mesh = volume_to_mesh(fit_outline(volume_of(BODY), picture, camera))
+    assert outline_overlap(mesh, [picture], camera)[0] > 0.93
+    assert len(mesh.split(only_watertight=False)) == 1 and mesh.is_watertight
+    added = mesh.vertices[mesh.vertices[:, 1] < -0.2]
+    assert added[:, 1].min() < -0.36 and np.abs(added[:, 2]).max() < 0.15 + 1 / 64
+
+
+def test_what_is_a_little_too_narrow_grows_as_a_whole():
+    """Oracle: the box that the picture shows, a cell wider on either side: its sides move, without a fin along their middle."""
+    camera = front(0.0)
+    wide, narrow = box((0.5, 0.3, 0.3)), box((0.5 - 2 / 64, 0.3, 0.3))
+    mesh = volume_to_mesh(fit_outline(volume_of(narrow), seen(camera, wide), camera))
+    # Further back the cone of the outline is wider than the box.
+    side = mesh.vertices[(np.abs(mesh.vertices[:, 1]) < 0.1) & (np.abs(mesh.vertices[:, 2] - 0.09) < 0.05)]
+    side = np.abs(side[np.abs(side[:, 0]) > 0.2][:, 0])
+    assert side.min() > 0.25 - 0.6 / 64 and side.max() < 0.25 + 0.75 / 64
+    assert mesh.volume == pytest.approx(wide.volume, rel=0.06)
+
+
 def test_a_volume_that_fits_stays():
     camera = front(10.0)
     before = volume_of(BODY, *LEGS)

@@ -301,6 +301,30 @@ def test_compiled_training_is_the_same_training(denoiser, tmp_path):
         torch.testing.assert_close(states[1][name], weight, atol=1e-4, rtol=1e-3, msg=name)
 
 
+def test_training_in_bfloat16_is_about_the_same(denoiser, tmp_path):
+    """Oracle: the first step in float32: its loss, and weights that go the same way; attention in plain products."""
+    losses, fused, moves = [], [], []
+    for precision in ("no", "bf16"):
+        objective = multiview.DenoiserObjective(
+            denoiser[0].config, copy.deepcopy(denoiser[0].pipeline), denoiser[0].empty, []
+        )
+
+        def loss(*args, own=objective.loss):
+            fused.append(torch.backends.cuda.flash_sdp_enabled())
+            losses.append(own(*args))
+            return losses[-1]
+
+        objective.loss, objective.preview = loss, lambda modules, path: None
+        first = {name: weight.clone() for name, weight in objective.modules.state_dict().items()}
+        phase = {**PHASE, "max_steps": 1, "optimizer": "muon", "mixed_precision": precision}
+        train(objective, denoiser[1], phase, tmp_path / precision, device="cpu")
+        last = torch.load(tmp_path / precision / "state.pt", weights_only=True)["modules"]
+        assert all(weight.dtype == torch.float32 for weight in last.values())
+        moves.append(torch.cat([(last[name] - first[name]).flatten() for name in first]))
+    assert losses[1][0].item() == pytest.approx(losses[0][0].item(), rel=0.02)
+    assert fused == [True, False] and torch.cosine_similarity(*moves, dim=0) > 0.8
+
+
 def test_min_snr_weighs_clean_steps_less(denoiser):
     """Oracle: at the cleanest step 1 / (SNR + 1) is the first beta, so the weight is gamma times beta."""
     objective, latents = copy.copy(denoiser[0]), denoiser[1]

@@ -32,6 +32,23 @@ def test_updates_are_of_the_size_of_adamw():
     assert bias == pytest.approx(1e-2, rel=0.01)
 
 
+def test_updates_in_bfloat16_go_the_same_way():
+    """Oracle: the update in float32, of weights that stay in float32; a bias is AdamW's either way."""
+    updates = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        layer = torch.nn.Conv2d(32, 48, 3)
+        before = [p.detach().clone() for p in layer.parameters()]
+        optimizer = MuonAdamW(layer.parameters(), lr=1e-2, dtype=dtype)
+        layer(torch.randn(4, 32, 8, 8)).square().mean().backward()
+        optimizer.step()
+        assert layer.weight.dtype == torch.float32
+        updates.append([(new - old).flatten() for new, old in zip(layer.parameters(), before, strict=True)])
+    (weight, bias), (rough, same) = updates
+    assert torch.equal(bias, same) and not torch.equal(weight, rough)
+    assert torch.cosine_similarity(weight, rough, dim=0) > 0.99
+
+
 def test_it_solves_a_badly_scaled_least_squares_problem():
     """Oracle: the known solution. Inputs of very different sizes, where plain gradient steps of one size crawl."""
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """A volume with the outline of a picture: what stands out of it is cut, what it lacks is put where the volume nearly has it."""
 
-# X Y Z grid, H W pixels, D samples along a ray
+# X Y Z grid, P cells, H W rays, D samples along a ray
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy import ndimage
+from scipy import ndimage, sparse
+from scipy.sparse.linalg import spsolve
 from scipy.spatial import cKDTree
 from torch import Tensor
 
@@ -21,18 +22,24 @@ from .volume import SparseVolume, cell_centers
 
 
 MARGIN = 0.5  # cells that the surface may stand out of the outline
-THICKNESS = 1.0  # cells, the largest distance from the surface inside what is added
-REACH = 0.8  # a ray that stays further away from any surface than this share of the truncation is left empty
+FRINGE = 1.5  # cells next to a covered ray that what the volume has grows into; beyond, something is missing
+THICKNESS = 1.0  # cells, half that of what is missing
+REACH = (
+    0.8  # a ray that stays further away from any surface than this share of the truncation does not say where one is
+)
 MIDDLE = 0.06  # world units that a surface is believed further away for each that it lies off the volume's middle
+PULL = 4.0  # of a ray that meets a surface on its own depth, against the pull of a neighbour's
 MOST_RAYS = 192  # along a side of the view; else three for two cells
 
 
 def fit_outline(volume: SparseVolume, picture: Image.Image, camera: CameraRig) -> SparseVolume:
     """Give a volume the outline of one picture that can be believed.
 
-    Where the picture shows nothing there is nothing: distances are at least those to the outline's cone. Where it shows something that
-    the volume lacks, each ray through it says at which depth the volume comes nearest to a surface, in doubt in the middle, and there
-    the distance is lowered: to half the width of the outline at that place, at most a cell. What the picture does not show stays.
+    Where the picture shows nothing there is nothing: distances are at least those to the cone of its outline. Where it shows
+    something, each ray says at which depth the volume comes nearest to a surface, in doubt in the middle. If the volume lacks little,
+    what is nearest to the ray grows. If it lacks a whole part, such as a leg, a sheet two cells thick is put there: rays that meet a
+    surface, or nearly do, say at which depth, and between them it bends as little as it can. A part of the outline that no such ray
+    crosses stays empty, and what the picture does not show stays as it is.
 
     Args:
         volume: Signed distance and colour, negative inside.
@@ -53,21 +60,32 @@ def fit_outline(volume: SparseVolume, picture: Image.Image, camera: CameraRig) -
     uv, depth = project(cell_centers(cells, volume.resolution), camera)
     uv, depth = uv[0], depth[0]
     tangent = camera.tan_half_fov[0]  # times a depth: world units that half a side of the view shows
-    away = _sampled(outline, uv) * depth * tangent
+    away = _sampled(outline, uv) * depth * tangent  # from the outline's cone
 
-    # what the picture shows and the volume lacks
-    nearest, where = _nearest_along_rays(grid, camera, min(3 * volume.resolution // 2, MOST_RAYS))  # [H, W] each
-    wanted = (_resized(outline, len(where)) * where * tangent).clamp(min=-THICKNESS * cell)
-    lacking = (nearest - wanted).clamp(min=0) * (wanted < 0) * (nearest < REACH * volume.truncation)
-    missing, nearest, where = (_sampled(image, uv) for image in (lacking, nearest, where))
+    # 1. What the rays through the picture's object meet
+    nearest, where = _nearest_along_rays(grid, camera, min(3 * volume.resolution // 2, MOST_RAYS))
+    shown = _resized(outline, len(where))
+    inside, ray = shown < 0, 2 * tangent * where / len(where)  # world units that a ray is wide
+    lacking = inside & (nearest > 0)
+    missing = _beyond(inside & ~lacking, lacking, FRINGE * cell / ray.mean().item())
+
+    # 2. What the picture shows and the volume lacks by little
+    wanted = (shown * where * tangent).clamp(min=-cell)
+    little = (nearest - wanted).clamp(min=0) * (inside & ~missing & (nearest < FRINGE * cell))
     distance = grid.flatten()
-    share = (1 - (distance - nearest) / (2 * cell)).clamp(0, 1)  # of the ray's nearest cells
-    share = share * (2.5 - (depth - where).abs() / cell).clamp(
-        0, 1
-    )  # at one depth: where nothing is known, all are as near
-    distance = distance - missing * share
+    among = (1 - (distance - _sampled(nearest, uv)) / (2 * cell)).clamp(0, 1)  # of the ray's nearest cells
+    distance = distance - _sampled(little, uv) * among
 
-    # what the volume has and the picture does not show
+    # 3. What it lacks altogether
+    where, known = _bridge_depths(nearest / (REACH * volume.truncation), where, inside)
+    slope = torch.stack(torch.gradient(where)).div(ray).norm(dim=0)
+    added = torch.from_numpy(ndimage.binary_dilation((missing & known).numpy())).float()
+    added, where, slope = (_sampled(image, uv) for image in (added, where, slope))
+    sheet = (depth - where).abs() / (1 + slope**2).sqrt() - THICKNESS * cell
+    sheet = torch.maximum(sheet, away - MARGIN * cell)
+    distance = torch.where(added > 0.5, torch.minimum(distance, sheet), distance)
+
+    # 4. What it has and the picture does not show
     distance = torch.maximum(distance, away - MARGIN * cell).clamp(-volume.truncation, volume.truncation)
     return _with_distances(volume, distance.view(grid.shape))
 
@@ -98,6 +116,48 @@ def _nearest_along_rays(grid: Tensor, camera: CameraRig, rays: int) -> tuple[Ten
     index = (values + doubt).masked_fill(outside, math.inf).argmin(0, keepdim=True)
     nearest = values.masked_fill(outside, 1.0).gather(0, index)[0]
     return nearest, depth[index[0]]
+
+
+def _beyond(covered: Tensor, lacking: Tensor, radius: float) -> Tensor:
+    """The `lacking` rays further than `radius` rays from the `covered` ones, and those that join them to these; all `[H, W]`."""
+    core = lacking & (torch.from_numpy(ndimage.distance_transform_edt(~covered)) > radius)
+    if not core.any():
+        return core
+    return lacking & (torch.from_numpy(ndimage.distance_transform_edt(~core)) <= radius + 1)
+
+
+def _bridge_depths(doubt: Tensor, where: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """The depth of what each ray shows: that of the surface that it meets, and between such rays the one that bends least.
+
+    Neighbours `i`, `j` pull on each other's depths, and each ray's own one `w`: the smallest sum of `(d_i - d_j)^2` and
+    `PULL (1 - doubt_i)^2 (d_i - w_i)^2`.
+
+    Args:
+        doubt: How far a ray stays from any surface, 0 or less where it meets one, 1 where that says nothing, `[H, W]`.
+        where: The depth where it comes nearest to one, `[H, W]`.
+        inside: Whether it shows the object, `[H, W]`.
+
+    Returns:
+        Depths, `[H, W]`, and for which rays they are known: in a part of the outline where no ray comes near to a surface, for none.
+    """
+    trust = np.where(inside, (1 - doubt).clamp(0, 1) ** 2, 0.0)
+    parts, _ = ndimage.label(inside)
+    known = np.isin(parts, np.unique(parts[trust > 0])) & inside.numpy()
+    number = np.where(known, np.cumsum(known).reshape(known.shape) - 1, -1)
+    sides = [(number[:, :-1], number[:, 1:]), (number[:-1], number[1:])]
+    first, second = (np.concatenate([pair[k].ravel() for pair in sides]) for k in (0, 1))
+    joined = (first >= 0) & (second >= 0)
+    first, second = first[joined], second[joined]
+    links = sparse.coo_matrix((np.ones(len(first)), (first, second)), [known.sum()] * 2)
+    links = links + links.T
+    weight = PULL * trust[known]
+    matrix = sparse.diags(np.asarray(links.sum(1)).ravel() + weight) - links
+    depths = where.double().numpy().copy()
+    if known.any():
+        depths[known] = spsolve(matrix.tocsc(), weight * depths[known])
+        nearest = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
+        depths = depths[tuple(nearest)]
+    return torch.from_numpy(depths).float(), torch.from_numpy(known)
 
 
 def _resized(image: Tensor, size: int) -> Tensor:

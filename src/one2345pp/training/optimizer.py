@@ -1,6 +1,7 @@
 """Muon for matrices and AdamW for the rest, as one optimizer. The loop that uses it lives in `training.loop`.
 
-`torch.optim.Muon` takes matrices alone and computes in bfloat16, which CPUs do slowly; this one takes every parameter as it is.
+`torch.optim.Muon` takes matrices alone and computes in bfloat16, which many CPUs do slowly; this one takes every parameter, and
+bfloat16 where the loop does.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class MuonAdamW(Optimizer):
         momentum: Of Muon.
         betas: Of AdamW.
         eps: Of AdamW.
+        dtype: What Muon's products are computed in; bfloat16 loses nothing that matters, see torch's own.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class MuonAdamW(Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
+        dtype: torch.dtype = torch.float32,
     ):
+        self.dtype = dtype
         super().__init__(
             parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
         )
@@ -76,8 +80,10 @@ class MuonAdamW(Optimizer):
         buffer = state.setdefault("momentum", torch.zeros_like(parameter))
         buffer.lerp_(parameter.grad, 1 - group["momentum"])
         update = parameter.grad.lerp(buffer, group["momentum"])  # Nesterov
-        update = orthogonalize(update.flatten(1)).view(parameter.shape)
-        parameter.add_(update, alpha=-0.2 * max(parameter.shape[0], parameter[0].numel()) ** 0.5 * group["lr"])
+        update = orthogonalize(update.flatten(1).to(self.dtype)).view(parameter.shape)
+        parameter.add_(
+            update.to(parameter.dtype), alpha=-0.2 * max(parameter.shape[0], parameter[0].numel()) ** 0.5 * group["lr"]
+        )
 
     def _step_other(self, parameter: Tensor, group: dict) -> None:
         state, (beta1, beta2) = self.state[parameter], group["betas"]

@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
         help="whether `generate` is told the image's elevation, estimates it if the checkpoint can, or does without",
     )
     parser.add_argument(
-        "--refine", action="store_true", help="paint textures on `generate`'s meshes, as the command does; slower"
+        "--refine", action="store_true", help="paint `generate`'s meshes, as the command does; in an output of its own"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -145,7 +145,8 @@ def predict(objects: list[dict], args: argparse.Namespace) -> None:
     index, count = args.shard
     pipe = None
     for row in objects[index::count]:
-        targets = {m: mesh_file(args.output, m, row["name"], args.refine) for m in args.methods}
+        suffixes = {m: ".glb" if args.refine and m == "generate" else ".ply" for m in args.methods}
+        targets = {m: args.output / "pred" / m / (row["name"] + suffix) for m, suffix in suffixes.items()}
         missing = {m: path for m, path in targets.items() if not path.exists()}
         if not missing:
             continue
@@ -164,10 +165,10 @@ def predict(objects: list[dict], args: argparse.Namespace) -> None:
                 print(f"{path.stem}: {method}: {error}", flush=True)
 
 
-def mesh_file(output: Path, method: str, name: str, refined: bool = False) -> Path:
-    """Where the mesh of a method is: as PLY with colours of its vertices, or as GLB with a texture; whichever exists, if one does."""
-    plain, painted = (output / "pred" / method / f"{name}{suffix}" for suffix in (".ply", ".glb"))
-    return painted if painted.exists() or (refined and method == "generate" and not plain.exists()) else plain
+def mesh_file(output: Path, method: str, name: str) -> Path:
+    """Where the mesh of a method is, if there is one: as GLB with a texture, or as PLY with colours of its vertices."""
+    painted = output / "pred" / method / f"{name}.glb"
+    return painted if painted.exists() else painted.with_suffix(".ply")
 
 
 def load_pipeline(args: argparse.Namespace):

@@ -24,9 +24,7 @@ from .volume import SparseVolume, cell_centers
 MARGIN = 0.5  # cells that the surface may stand out of the outline
 FRINGE = 1.5  # cells next to a covered ray that what the volume has grows into; beyond, something is missing
 THICKNESS = 1.0  # cells, half that of what is missing
-REACH = (
-    0.8  # a ray that stays further away from any surface than this share of the truncation does not say where one is
-)
+REACH = 0.8  # share of the truncation: a ray that stays further away from any surface does not say where one is
 MIDDLE = 0.06  # world units that a surface is believed further away for each that it lies off the volume's middle
 PULL = 4.0  # of a ray that meets a surface on its own depth, against the pull of a neighbour's
 MOST_RAYS = 192  # along a side of the view; else three for two cells
@@ -77,13 +75,9 @@ def fit_outline(volume: SparseVolume, picture: Image.Image, camera: CameraRig) -
     distance = distance - _sampled(little, uv) * among
 
     # 3. What it lacks altogether
-    where, known = _bridge_depths(nearest / (REACH * volume.truncation), where, inside)
-    slope = torch.stack(torch.gradient(where)).div(ray).norm(dim=0)
-    added = torch.from_numpy(ndimage.binary_dilation((missing & known).numpy())).float()
-    added, where, slope = (_sampled(image, uv) for image in (added, where, slope))
-    sheet = (depth - where).abs() / (1 + slope**2).sqrt() - THICKNESS * cell
-    sheet = torch.maximum(sheet, away - MARGIN * cell)
-    distance = torch.where(added > 0.5, torch.minimum(distance, sheet), distance)
+    if missing.any():
+        sheet = _bridging_sheet(nearest / (REACH * volume.truncation), where, inside, missing, ray, uv, depth)
+        distance = torch.minimum(distance, torch.maximum(sheet - THICKNESS * cell, away - MARGIN * cell))
 
     # 4. What it has and the picture does not show
     distance = torch.maximum(distance, away - MARGIN * cell).clamp(-volume.truncation, volume.truncation)
@@ -124,6 +118,23 @@ def _beyond(covered: Tensor, lacking: Tensor, radius: float) -> Tensor:
     if not core.any():
         return core
     return lacking & (torch.from_numpy(ndimage.distance_transform_edt(~core)) <= radius + 1)
+
+
+def _bridging_sheet(
+    doubt: Tensor,  # [H, W], as `where` and `inside` see `_bridge_depths`
+    where: Tensor,  # [H, W]
+    inside: Tensor,  # [H, W]
+    missing: Tensor,  # [H, W] bool
+    ray: Tensor,  # [H, W] world units that each is wide
+    uv: Tensor,  # [P, 2]
+    depth: Tensor,  # [P]
+) -> Tensor:
+    """How far each cell lies from a surface through the missing rays, `[P]` world units; infinite where there is none."""
+    where, known = _bridge_depths(doubt, where, inside)
+    slope = torch.stack(torch.gradient(where)).div(ray).norm(dim=0)
+    added = torch.from_numpy(ndimage.binary_dilation((missing & known).numpy())).float()
+    added, where, slope = (_sampled(image, uv) for image in (added, where, slope))
+    return torch.where(added > 0.5, (depth - where).abs() / (1 + slope**2).sqrt(), math.inf)
 
 
 def _bridge_depths(doubt: Tensor, where: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:

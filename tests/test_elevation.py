@@ -42,7 +42,9 @@ def sets(tmp_path_factory):
     for seed, name in enumerate(("train", "val")):
         plates(root / name, 6 - 4 * seed, seed)
         files = sorted((root / name).glob("*.ply"))
-        preparation.prepare(files, root / f"rings-{name}", frames=1, view_size=16, workers=1, rings="zero123plus-v1.2")
+        preparation.prepare(
+            files, root / f"rings-{name}", frames=1, view_size=16, workers=1, rings=["zero123plus-v1.2"]
+        )
     return root
 
 

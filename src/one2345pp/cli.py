@@ -69,6 +69,7 @@ def build_parser() -> OneLineParser:
         "draw and reconstruct the object so many times, and keep the mesh that agrees best with its views and the image"
     )
     generate.add_argument("--candidates", type=positive, metavar="N", help=text)
+    generate.add_argument("--rig", choices=RIGS, help="cameras of the six views, of those that the model can draw")
     _add_sampling(generate)
     _add_mesh(generate)
 
@@ -99,11 +100,11 @@ def build_parser() -> OneLineParser:
     prepare.add_argument("--workers", type=positive, metavar="N", help="processes; defaults to one for each core")
     prepare.add_argument("--table", type=Path, metavar="CSV", help="columns name, tier, split: sampling by tier")
     prepare.add_argument("--split", metavar="NAME", help="only meshes of this split of the table")
-    text = "for train multiview: only views of this rig, six azimuths of the input view in each frame"
+    text = "for train multiview: only views of this rig, six azimuths of the input view in each frame; given again, rigs take turns"
     prepare.add_argument("--shapes", type=int, default=0, metavar="N", help="random procedural objects, beside meshes")
     prepare.add_argument("--normals", action="store_true", help="frames hold the views' normals, too")
     prepare.add_argument("--vary", action="store_true", help="all frames but the first: stretched and recoloured")
-    prepare.add_argument("--rings", choices=RIGS, metavar="RIG", help=text)
+    prepare.add_argument("--rings", action="append", choices=RIGS, metavar="RIG", help=text)
 
     train = command("train", "train one stage")
     train.add_argument("stage", choices=("multiview", "occupancy", "sparse", "elevation"))

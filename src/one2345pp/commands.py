@@ -52,7 +52,10 @@ def generate(args: argparse.Namespace) -> int:
         jobs = [job for job in jobs if attempt(job, check, statuses)]
     if not jobs:
         return max(statuses)
+    from .geometry.cameras import CameraRig
+
     pipe = _load_pipeline(model, args)
+    rig = pipe.rig if args.rig is None else CameraRig.named(args.rig)
     text_to_image = None if args.prompt is None else _load_text_to_image(args)
 
     def run(job: Job) -> None:
@@ -72,9 +75,10 @@ def generate(args: argparse.Namespace) -> int:
             refine=args.refine,
             background=args.background,
             elevation=args.elevation,
+            rig=args.rig,
             generator=_generator(args),
         )
-        job.write(out.meshes[0], out.views[0], pipe.rig, out.volumes[0], out.coarse_meshes[0])
+        job.write(out.meshes[0], out.views[0], rig, out.volumes[0], out.coarse_meshes[0])
 
     return run_all(jobs, run, args.quiet, statuses)
 

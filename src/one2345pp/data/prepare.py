@@ -54,7 +54,7 @@ def prepare(
     workers: int | None = None,
     seed: int = 0,
     table: Path | None = None,
-    rings: str | None = None,
+    rings: list[str] | None = None,
     shapes: int = 0,
     normals: bool = False,
     vary: bool = False,
@@ -64,16 +64,16 @@ def prepare(
     Args:
         meshes: Mesh files; the file's stem is the object's name.
         output: Folder to write.
-        frames: Azimuth frames (or rings) an object: the front, then random ones.
+        frames: Azimuth frames (or rings) an object: the front, of rings one for each rig, then random ones.
         view_size: Side of the pictures in pixels.
         resolution: Cells along an edge of the volume.
         workers: Processes, defaults to the number of cores.
         seed: With the object's name, decides azimuths, input cameras and light.
         table: CSV with columns `name` and `tier`, for sampling by tier.
-        rings: Make rings of this rig, which the first stage learns from, instead of frames, which the volume stages need.
+        rings: Make rings of these rigs in turn, which the first stage learns from, instead of frames, which the volume stages need.
         shapes: So many random procedural objects beside the meshes, tier `procedural`.
         normals: Frames hold the normals of their views, too, for condition encoders that take them.
-        vary: All frames of an object but its first are of another one, stretched and recoloured, see `variation`.
+        vary: All frames of an object but its fronts are of another one, stretched and recoloured, see `variation`.
 
     Returns:
         A line for each object that could not be used, saying why.
@@ -83,14 +83,15 @@ def prepare(
     """
     if not meshes and not shapes:
         raise InputError("meshes: none given. Pass mesh files or a folder that holds some.")
-    if vary and frames < 2:
+    fronts = len(rings or [None])
+    if vary and frames <= fronts:
         raise InputError(
-            f"vary: the first frame of an object is of itself, and frames is {frames}. Ask for more frames."
+            f"vary: the first {fronts} frame(s) of an object are of itself, and frames is {frames}. Ask for more frames."
         )
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     tiers = {} if table is None else _read_tiers(table)
-    rigs = RIGS if rings is None else (rings,)
+    rigs = RIGS if rings is None else tuple(rings)
     meta = {
         "format": FORMAT,
         "view_size": view_size,
@@ -106,7 +107,7 @@ def prepare(
     (output / "index.json").write_text(json.dumps(meta))
     spec = {
         "view_size": view_size,
-        **({"resolution": resolution, "normals": normals} if rings is None else {"rig": rings}),
+        **({"resolution": resolution, "normals": normals} if rings is None else {"rigs": rigs}),
     }
     sources = [*map(Path, meshes), *names]
     jobs = [(source, output, frame, seed, vary, spec) for frame in range(frames) for source in sources]
@@ -140,12 +141,16 @@ def _prepare_frame(job: tuple[Path | str, Path, int, int, bool, dict]) -> str | 
             mesh = normalize_to_sphere(load_mesh(source))
         else:
             mesh = random_shape(torch.Generator().manual_seed(number))
-        vary = vary and frame > 0
+        front = frame < len(spec.get("rigs", [None]))
+        vary = vary and not front
         varied = np.random.default_rng([seed, number, frame, 1])  # draws of its own: azimuths and lights stay
         if vary:
             mesh = stretch_randomly(mesh, varied)
-        make = make_ring if "rig" in spec else make_frame
-        sample = make(mesh, 0.0 if frame == 0 else rng.uniform(0, 360), rng, **spec)
+        azimuth = 0.0 if front else rng.uniform(0, 360)
+        if "rigs" in spec:
+            sample = make_ring(mesh, azimuth, rng, spec["view_size"], spec["rigs"], frame % len(spec["rigs"]))
+        else:
+            sample = make_frame(mesh, azimuth, rng, **spec)
         if vary:
             sample = recolor_randomly(sample, varied)
     except InputError as error:
@@ -178,17 +183,27 @@ def make_frame(
 
 
 def make_ring(
-    mesh: trimesh.Trimesh, azimuth: float, rng: np.random.Generator, view_size: int, rig: str = RIGS[0]
+    mesh: trimesh.Trimesh,
+    azimuth: float,
+    rng: np.random.Generator,
+    view_size: int,
+    rigs: tuple[str, ...] = RIGS[:1],
+    index: int = 0,
 ) -> dict[str, np.ndarray]:
     """Six azimuth frames of a sphere-normalised mesh, at `azimuth + 60 k` degrees, without volumes.
+
+    Args:
+        rigs: Those of the data set.
+        index: Which of them this ring is of.
 
     Returns:
         `views [2, 6, S, S, 4]` uint8: the rig's first and second elevation, each at `azimuth + 30 + 60 m`; so view `j` of frame `k` is
         `views[j % 2, (k + j) % 6]`. `inputs [6, I, S, S, 4]` uint8: the pictures of each frame's front; `elevations [6, I]` uint8:
-        those of their cameras, in degrees from `NADIR` up.
+        those of their cameras, in degrees from `NADIR` up. `rig [1]` uint8: the index.
     """
+    rig = CameraRig.named(rigs[index])
     # The rig and itself turned by 60 degrees: the same azimuths, each at the other elevation.
-    turned = [render(mesh, CameraRig.named(rig).rotated(azimuth + shift), view_size) for shift in (0, 60)]
+    turned = [render(mesh, rig.rotated(azimuth + shift), view_size) for shift in (0, 60)]
     views = np.empty((2, RING, *turned[0].shape[1:]), np.uint8)
     for shift, drawn in enumerate(turned):
         for j, view in enumerate(drawn):
@@ -196,7 +211,7 @@ def make_ring(
     fronts = azimuth + 60 * np.arange(RING)
     pairs = [render_inputs(mesh, front, view_size, rng) for front in fronts]
     inputs, elevations = (np.stack(part) for part in zip(*pairs, strict=True))
-    return {"views": views, "inputs": inputs, "elevations": elevations}
+    return {"views": views, "inputs": inputs, "elevations": elevations, "rig": np.array([index], np.uint8)}
 
 
 def _make_volume(mesh: trimesh.Trimesh, azimuth: float, resolution: int) -> dict[str, np.ndarray]:

@@ -68,11 +68,20 @@ class Control:
             for scale, start, end in zip(self.scales, self.starts, self.ends, strict=True)
         ]
 
-    def residuals(self, sample: Tensor, timestep: Tensor, context: Tensor, step: int, steps: int) -> dict[str, Any]:
+    def residuals(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        step: int,
+        steps: int,
+        class_labels: Tensor | None = None,
+    ) -> dict[str, Any]:
         """Arguments of the UNet: what the networks add to it at this step; none where nothing acts.
 
         Args:
             sample: What the UNet's read pass sees, `[B * n, c, h, w]` or all branches of it; context as long.
+            class_labels: Those of the UNet, for networks made of one that has some.
         """
         scales = self.scales_at(step, steps)
         if not self.pixels or not any(scales):
@@ -85,6 +94,7 @@ class Control:
             encoder_hidden_states=context,
             controlnet_cond=pixels if several else pixels[0],
             conditioning_scale=scales if several else scales[0],
+            class_labels=class_labels,
             return_dict=False,
         )
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}

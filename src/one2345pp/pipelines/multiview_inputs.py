@@ -66,6 +66,22 @@ def check_counts(**counts: int | None) -> None:
             raise InputError(f"{name}: got {count}, expected at least 1.")
 
 
+def check_rigs(rigs: list[str], first: str, classes: int | None) -> None:
+    """A class of the UNet for each rig, if there are several; the first choice is one of them."""
+    check_rig(first, rigs)
+    if (classes or 1) != len(rigs):
+        raise InputError(
+            f"rigs: {', '.join(rigs)} need a UNet with num_class_embeds={len(rigs)}, this one has {classes}. "
+            "Train one with a config whose rigs and num_class_embeds agree, see configs/multiview-small.json."
+        )
+
+
+def check_rig(rig: str, known: list[str]) -> None:
+    """A rig that the weights know."""
+    if rig not in known:
+        raise InputError(f"rig: got {rig!r}, the weights know {' and '.join(known)}.")
+
+
 def check_output(output_type: str, transparent: bool) -> None:
     """A known kind of output, and pictures where transparency is asked for."""
     if output_type not in OUTPUT_TYPES:

@@ -72,7 +72,8 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
         ramping_coefficients (`list[float]`, *optional*): Share of the image feature in each text token, `L` numbers;
             `i / L` when not given (FlexDiffuse).
         view_size (`int`, defaults to 320): Side of a view in pixels.
-        rig (`str`, defaults to `"zero123plus-v1.2"`): Cameras that the weights were trained for.
+        rig (`str`, defaults to `"zero123plus-v1.2"`): Cameras that the weights were trained for, or the first choice of several.
+        rigs (`list[str]`, *optional*): All rigs that the weights know, in the order of the UNet's class embeddings; a call chooses.
         clean_reference (`bool`, defaults to `False`): For weights trained so, the reference is read once, without noise and at
             timestep 0. Zero123++ noises it like the tile, which in small latents hides outlines from the first steps.
         tile_positions (`bool`, defaults to `False`): For weights trained so, self-attention knows which view a token belongs to.
@@ -98,6 +99,7 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
         ramping_coefficients: list | None = None,
         view_size: int = 320,
         rig: str = "zero123plus-v1.2",
+        rigs: list | None = None,
         clean_reference: bool = False,
         tile_positions: bool = False,
         default_num_inference_steps: int = 28,
@@ -119,11 +121,13 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
             ramping_coefficients=ramping_coefficients,
             view_size=view_size,
             rig=rig,
+            rigs=rigs,
             clean_reference=clean_reference,
             tile_positions=tile_positions,
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
         )
+        multiview_inputs.check_rigs(self.rigs, rig, None if unet is None else unet.config.num_class_embeds)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -150,6 +154,11 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
     def draws_masks(self) -> bool:
         """Whether the VAE carries the object's mask beside its colours."""
         return self.vae.config.in_channels == 4
+
+    @property
+    def rigs(self) -> list[str]:
+        """Names of the rigs whose views the weights can draw."""
+        return list(self.config.rigs or [self.config.rig])
 
     # --- steps of a call, in order ------------------------------------------------------------------------------
 
@@ -205,7 +214,7 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
                 passes.write(reference, torch.zeros_like(timestep), context, **kwargs)
         elif first or not known:
             passes.write(self.noise_reference(reference, timestep, generator, branches), timestep, context, **kwargs)
-        residuals = control.residuals(sample, timestep, context, step, self.num_timesteps)
+        residuals = control.residuals(sample, timestep, context, step, self.num_timesteps, kwargs.get("class_labels"))
         prediction = passes.read(sample, timestep, context, **kwargs, **residuals)
         if both:
             negative, positive = prediction.chunk(2)
@@ -257,6 +266,7 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
         reuse_interval: int = 1,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        rig: str | None = None,
     ) -> MultiViewTilePipelineOutput | tuple:
         r"""Draw the six views of the object in each image.
 
@@ -286,6 +296,7 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
                 negative branch; 1 is exact, 2 and more are faster, see `predict`.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): What `encode_prompt` made of the texts, `[B, L, D]`,
                 instead of them. With both, the text encoder is not used.
+            rig (`str`, *optional*): Cameras of the views, one of `rigs`; the checkpoint's first choice by default.
 
         Returns:
             [`MultiViewTilePipelineOutput`]: tiles in `images`, their views in `views`.
@@ -314,6 +325,7 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
         multiview_inputs.check_size(height, width, config.view_size, self.vae_scale_factor)
         multiview_inputs.check_noise(latents, self.latent_shape(batch, height, width), generator)
         multiview_inputs.check_output(output_type, transparent)
+        multiview_inputs.check_rig(rig := config.rig if rig is None else rig, self.rigs)
         multiview_inputs.check_tensor_inputs(names, self._callback_tensor_inputs)
         multiview_inputs.check_share("guidance_interval", *guidance_interval)
         control = Control.of(
@@ -359,7 +371,8 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
         step_kwargs = (
             {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         )
-        tile = (ROWS, COLUMNS) if self.config.tile_positions else None
+        tile = (ROWS, COLUMNS) if config.tile_positions else None
+        label = torch.tensor([self.rigs.index(rig)], device=latents.device) if len(self.rigs) > 1 else None
         with reference_attention(self.unet, tile) as passes, self.progress_bar(total=steps) as progress:
             for step, timestep in enumerate(timesteps):
                 if self.interrupt:
@@ -373,6 +386,7 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
                     generator,
                     control,
                     cross_attention_kwargs=cross_attention_kwargs,
+                    class_labels=label,
                 )
                 latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
 

@@ -24,6 +24,7 @@ from ..models.unet_sparse import SparseUNet3DModel
 from .candidates import best_candidate, reconstruct_drawn
 from .elevations import check_elevation, find_elevations
 from .hub import SelfContainedMixin
+from .multiview_inputs import check_rig
 from .pipeline_multiview_tile import MultiViewTilePipeline
 from .pipeline_output import One2345PlusPlusPipelineOutput
 from .pipeline_sparse_volume import SparseVolumeDiffusionPipeline
@@ -209,7 +210,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
 
     @property
     def rig(self) -> CameraRig:
-        """Cameras of the views that stage 1 draws."""
+        """Cameras of the views that stage 1 draws where a call does not say."""
         return CameraRig.named(self.multiview.config.rig)
 
     def _stage(self, stage_class: type, names: tuple[str, ...], scalars: dict[str, Any]):
@@ -273,6 +274,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         controlnet_conditioning_scale: float | list[float] = 1.0,
         cross_attention_kwargs: dict[str, Any] | None = None,
         num_candidates: int | None = None,
+        rig: str | None = None,
     ) -> One2345PlusPlusPipelineOutput | tuple:
         r"""Make a textured mesh of the object in each image, or of each prompt.
 
@@ -298,6 +300,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
                 several ControlNets a list with that of each.
             controlnet_conditioning_scale (`float` or a list, defaults to 1.0): Weight of the ControlNet, or of each.
             cross_attention_kwargs (`dict`, *optional*): For the attention of the views; `scale` is that of a LoRA.
+            rig (`str`, *optional*): Cameras of the views, one of `multiview.rigs`; the checkpoint's first choice by default.
             num_candidates (`int`, *optional*): So many times views are drawn and reconstructed; what is returned is of the mesh whose
                 outlines agree best with its views and the picture, see `pipelines.candidates`.
 
@@ -326,6 +329,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             texture_size=texture_size,
             max_faces=max_faces,
         )
+        check_rig(rig_name := self.multiview.config.rig if rig is None else rig, self.multiview.rigs)
         generators = generator if isinstance(generator, list) else [generator] * number
 
         # 2. Cut the object out and centre it
@@ -336,7 +340,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         elevations = find_elevations(self.elevation_estimator, images, elevation, self._execution_device)
 
         # 3. Draw six views of each candidate, cut out of their grey
-        multiview, rig = self.multiview, self.rig
+        multiview, rig = self.multiview, CameraRig.named(rig_name)
         tries = [each for each in zip(images, generators, strict=True) for _ in range(num_candidates)]
         views = [
             multiview(
@@ -349,6 +353,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
                 controlnet_conditioning_scale=controlnet_conditioning_scale,
                 cross_attention_kwargs=cross_attention_kwargs,
                 transparent=True,
+                rig=rig_name,
             ).views[0]
             for picture, one in tries
         ]

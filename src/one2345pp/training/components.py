@@ -78,8 +78,8 @@ def seeded(build, config: dict):
 def start_from(folder: str | None, name: str, model: nn.Module) -> None:
     """Copy the weights of component `name` in `folder` into `model`, as far as they reach.
 
-    New channels, the last, stay as drawn. Attention on a level that had none adds nothing at first, so the model begins as good
-    as the other.
+    New channels, the last, stay as drawn. Attention on a level that had none, and classes where there were none, add nothing at
+    first, so the model begins as good as the other.
     """
     if folder is None:
         return
@@ -88,5 +88,5 @@ def start_from(folder: str | None, name: str, model: nn.Module) -> None:
         if key in trained:
             common = tuple(slice(min(sizes)) for sizes in zip(weight.shape, trained[key].shape, strict=True))
             weight[common] = trained[key][common]
-        elif ".proj_out." in key:  # the last layer of what such an attention adds
+        elif ".proj_out." in key or key.startswith("class_embedding."):  # the last layer of what is new
             weight.zero_()

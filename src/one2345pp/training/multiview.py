@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 DEFAULTS = {
     "view_size": 64,
     "rig": "zero123plus-v1.2",
+    "rigs": None,  # all rigs to learn, if there are more, see MultiViewTilePipeline
     "default_num_inference_steps": 20,
     "default_guidance_scale": 2.5,
     "kl_weight": 5e-5,
@@ -63,6 +64,7 @@ DEFAULTS = {
 SCALARS = (  # of the pipeline's config
     "view_size",
     "rig",
+    "rigs",
     "clean_reference",
     "tile_positions",
     "default_num_inference_steps",
@@ -289,6 +291,7 @@ class DenoiserObjective:
                 self.noise_scheduler.config.num_train_timesteps, (len(items),), generator=generator
             ),
             "noise": torch.randn(tile.shape, generator=generator),
+            "labels": torch.stack([item["label"] for item in items]),
         }
 
     def collate_references(self, items: list[dict], pick: Tensor, dropped: Tensor, generator) -> Tensor:
@@ -303,6 +306,7 @@ class DenoiserObjective:
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         scheduler, timesteps, context = self.noise_scheduler, batch["timesteps"], batch["context"]
+        labels = batch["labels"] if self.pipeline.unet.config.num_class_embeds else None
         noised = scheduler.add_noise(batch["latents"], batch["noise"], timesteps)
         reference = self.encode_references(batch["reference"], generator)
         reference_steps = torch.zeros_like(timesteps)
@@ -312,8 +316,8 @@ class DenoiserObjective:
             reference = scheduler.add_noise(reference, noise, timesteps)
         tile = (ROWS, COLUMNS) if self.config["tile_positions"] else None
         with reference_attention(self.pipeline.unet, tile) as passes:
-            passes.write(reference, reference_steps, context)
-            prediction = passes.read(noised, timesteps, context)
+            passes.write(reference, reference_steps, context, class_labels=labels)
+            prediction = passes.read(noised, timesteps, context, class_labels=labels)
         target = scheduler.get_velocity(batch["latents"], batch["noise"], timesteps)
         error = (prediction - target).square().mean((1, 2, 3))
         if self.config["min_snr_gamma"] is None:
@@ -323,12 +327,13 @@ class DenoiserObjective:
 
     def preview(self, modules: nn.ModuleDict, path: Path) -> None:
         """A row an example: the input, the tile that the pipeline draws, the true tile."""
-        inputs, truths = zip(*self.examples, strict=True)
+        inputs, truths, rigs = zip(*self.examples, strict=True)
         device = modules["unet"].device
         pipeline = MultiViewTilePipeline(**{**self.pipeline.components, "unet": modules["unet"]}, **self._scalars())
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device)
-        tiles = pipeline(list(inputs), generator=torch.Generator().manual_seed(0)).images
+        generator = torch.Generator().manual_seed(0)
+        tiles = [pipeline(one, rig=rig, generator=generator).images[0] for one, rig in zip(inputs, rigs, strict=True)]
         width, height = tiles[0].size
         sheet = Image.new("RGB", (2 * width * len(tiles), height + inputs[0].height), BACKGROUND)
         errors = []

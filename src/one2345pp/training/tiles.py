@@ -54,25 +54,38 @@ class Frames:
     Attributes:
         views: For each frame its six views, `[F, 6]` indices into `pictures(...)["views"]`.
         inputs: Its input pictures, `[F, I]` indices into `pictures(...)["inputs"]`.
+
+    Args:
+        config: Keys `view_size`, and `rigs` (those to learn, in the order of their labels) or `rig` (the only one).
     """
 
     def __init__(self, prepared: PreparedDataset, config: dict):
-        rigs, self.size = list(prepared.meta["rigs"]), config["view_size"]
-        if config["rig"] not in rigs:
-            raise InputError(
-                f"{prepared.path}: was prepared for {', '.join(rigs)}, not for the config's rig {config['rig']!r}."
-            )
-        first = ROWS * COLUMNS * rigs.index(config["rig"])
-        count = prepared.meta["inputs"]
+        self.rigs, self.size = list(prepared.meta["rigs"]), config["view_size"]
+        self.known = config.get("rigs") or [config["rig"]]
         self.rings = prepared.meta.get("rings", False)
-        self.views = torch.arange(first, first + ROWS * COLUMNS)[None]
-        self.inputs = torch.arange(count)[None]
+        count = prepared.meta["inputs"]
+        there = [rig for rig in self.known if rig in self.rigs]
+        if not there or (self.rings and set(self.rigs) - set(self.known)):
+            raise InputError(
+                f"{prepared.path}: was prepared for {', '.join(self.rigs)}, the config is for {', '.join(self.known)}."
+            )
+        first = ROWS * COLUMNS * torch.tensor([self.rigs.index(rig) for rig in there])
+        self.views = first[:, None] + torch.arange(ROWS * COLUMNS)
+        self.inputs = torch.arange(count).expand(len(there), -1)
+        self._labels = torch.tensor([self.known.index(rig) for rig in there])
         if self.rings:
             j, k = torch.arange(RING), torch.arange(RING)[:, None]
             # View j of frame k looks from 60 (k + j) + 30 degrees; in the mirror, left and right of the front change places.
             views = [j % 2 * RING + (k + j) % RING, 2 * RING + j % 2 * RING + (k + RING - 1 - j) % RING]
             self.views = torch.cat(views)
             self.inputs = torch.arange(2 * RING * count).view(2 * RING, count)
+
+    def labels(self, item: dict) -> Tensor:
+        """Which of the config's rigs each frame of an item is of, `[F]`."""
+        if not self.rings:
+            return self._labels
+        rig = self.rigs[int(item["rig"])] if "rig" in item else self.rigs[0]
+        return torch.tensor(self.known.index(rig)).expand(len(self.views))
 
     def pictures(self, item: dict) -> dict[str, Tensor]:
         """`views [V, 4, S, S]` and `inputs [I, 4, S, S]` of an item, see `flatten`; of a ring also mirrored, after the others."""
@@ -92,7 +105,9 @@ class Frames:
 
 
 class ImageDataset(Dataset):
-    """All pictures of the prepared samples, in memory; see `Frames.pictures`. An item also has `object`, one number an object."""
+    """All pictures of the prepared samples, in memory; see `Frames.pictures`. An item also has the `labels [F]` of its frames, and
+    `object`, one number an object.
+    """
 
     def __init__(self, data: Path, config: dict):
         prepared = PreparedDataset(data)
@@ -101,7 +116,7 @@ class ImageDataset(Dataset):
         self.items, names = [], {}
         for item in (prepared[index] for index in range(len(prepared))):
             number = torch.tensor(names.setdefault(item["name"], len(names)))
-            self.items.append({**self.frames.pictures(item), "object": number})
+            self.items.append({**self.frames.pictures(item), "labels": self.frames.labels(item), "object": number})
 
     def __len__(self) -> int:
         return len(self.items)
@@ -111,7 +126,8 @@ class ImageDataset(Dataset):
 
 
 class LatentDataset(Dataset):
-    """What the UNet learns from, encoded once: `tile [c, h, w]`, `references [I, c, h', w']` and `embeds [I, D]`, float16.
+    """What the UNet learns from, encoded once: `tile [c, h, w]`, `references [I, c, h', w']` and `embeds [I, D]`, float16, and the
+    `label []` of the tile's rig.
 
     Views are encoded one by one and laid out as tiles afterwards, since the frames of a ring share them.
 
@@ -123,7 +139,7 @@ class LatentDataset(Dataset):
         with torch.no_grad():
             empty, _ = pipeline.prepare_pixels([Image.new("RGBA", [config["view_size"]] * 2)])
             self.empty = pipeline.vae.encode(empty).latent_dist.mode()[0]  # the reference of the negative branch
-        names = ("views", "references", "embeds", "view_ids", "input_ids", "weights")
+        names = ("views", "references", "embeds", "view_ids", "input_ids", "labels", "weights")
         if not folder.exists():
             partial = folder.with_name(folder.name + ".part")
             partial.mkdir(parents=True, exist_ok=True)
@@ -170,9 +186,10 @@ class LatentDataset(Dataset):
             name: (own + arrays[of].shape[1] * torch.arange(total).view(-1, 1, 1)).flatten(0, 1)
             for name, own, of in (("view_ids", frames.views, "views"), ("input_ids", frames.inputs, "references"))
         }
-        weights = images.weights.repeat(total // len(images)).repeat_interleave(len(frames.views))
+        tables["weights"] = images.weights.repeat(total // len(images)).repeat_interleave(len(frames.views))
+        tables["labels"] = torch.cat([item["labels"] for item in images.items]).repeat(total // len(images))
         flat = {name: array.flatten(0, 1) for name, array in arrays.items()}
-        return {name: array.numpy() for name, array in {**flat, **tables, "weights": weights}.items()}
+        return {name: array.numpy() for name, array in {**flat, **tables}.items()}
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -183,18 +200,20 @@ class LatentDataset(Dataset):
             "tile": to_tile(self.arrays["views"][views]),
             "references": self.arrays["references"][inputs],
             "embeds": self.arrays["embeds"][inputs],
+            "label": self.arrays["labels"][index],
         }
 
 
-def preview_examples(data: Path, config: dict, count: int = 6) -> list[tuple[Image.Image, Image.Image]]:
-    """Input pictures (`RGBA`) and true tiles (on grey) of samples spread over a prepared folder."""
+def preview_examples(data: Path, config: dict, count: int = 6) -> list[tuple[Image.Image, Image.Image, str]]:
+    """Input pictures (`RGBA`), true tiles (on grey) and their rigs' names, of samples spread over a prepared folder."""
     prepared = PreparedDataset(data)
     frames = Frames(prepared, config)
     examples = []
     for index in np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int):
-        pictures = frames.pictures(prepared[index])
+        item = prepared[index]
+        pictures, rig = frames.pictures(item), frames.known[int(frames.labels(item)[0])]
         tile = to_tile(pictures["views"][frames.views[0]])
-        examples.append((to_pil(pictures["inputs"][frames.inputs[0, 0]]), to_pil(tile[:3])))
+        examples.append((to_pil(pictures["inputs"][frames.inputs[0, 0]]), to_pil(tile[:3]), rig))
     return examples
 
 

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +70,39 @@ def test_a_run_makes_a_pipeline_that_draws(trained):
     assert tile.size == (2 * SIZE, 3 * SIZE)
     assert list(trained.glob("preview-*.png"))
     assert pipe.tokenizer("a mug").input_ids[0] == 512 and pipe.tokenizer("a mug").input_ids[-1] == 513
+
+
+def test_two_processes_train_one_model(data, tmp_path):
+    """Oracle: after a whole run, stopped by the clock, both have the same weights and have taken the same steps."""
+    phase = {**PHASE, "minutes": 0.02, "max_steps": 1000}
+    config = {**CONFIG, "phases": dict.fromkeys(("vae", "vision", "unet"), phase)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import json, sys, torch\n"
+        "from accelerate import PartialState\n"
+        "from one2345pp.training import loop, multiview\n"
+        "torch.set_num_threads(1)\n"
+        "data, folder = sys.argv[1:]\n"
+        "steps, rate, sums = [], loop._rate, []\n"
+        "loop._rate = lambda *args: steps.append(args[1]) or rate(*args)\n"
+        "train = loop.train\n"
+        "def watch(objective, *args, **kwargs):\n"
+        "    train(objective, *args, **kwargs)\n"
+        "    sums.append(sum(p.double().sum().item() for p in objective.modules.parameters()))\n"
+        "multiview.train = watch\n"
+        "multiview.run(json.load(open(folder + '/config.json')), data=data, output=folder + '/run', device='cpu')\n"
+        "print(json.dumps([len(steps), sums]), file=open(f'{folder}/{PartialState().process_index}.json', 'w'))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, str(data), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert one == other and one[0] >= 3
+    MultiViewTilePipeline.from_pretrained(tmp_path / "run" / "pipeline")
 
 
 def test_finished_phases_are_not_repeated_and_the_unet_goes_on(data, trained):

@@ -22,7 +22,8 @@ from ..models.elevation import ElevationEstimator
 from ..models.unet_occupancy import OccupancyUNet3DModel
 from ..models.unet_sparse import SparseUNet3DModel
 from .candidates import best_candidate, reconstruct_drawn
-from .elevations import check_elevation, find_elevations
+from .chain_inputs import as_list, check_call
+from .elevations import find_elevations
 from .hub import SelfContainedMixin
 from .multiview_inputs import check_rig
 from .pipeline_multiview_tile import MultiViewTilePipeline
@@ -220,28 +221,6 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
 
     # --- steps of a call, in order ------------------------------------------------------------------------------
 
-    def check_inputs(self, image, prompt, text_to_image, generator, elevation, **counts: int | None) -> int:
-        """Raise `InputError` for anything the call could not use; return the number of objects asked for."""
-        if (image is None) == (prompt is None):
-            raise InputError(
-                f"image, prompt: got {'neither' if image is None else 'both'}, expected exactly one of them."
-            )
-        if prompt is not None and text_to_image is None:
-            raise InputError("prompt: needs text_to_image, a diffusers text-to-image pipeline to draw the first image.")
-        if prompt is not None and not all(isinstance(text, str) and text.strip() for text in _as_list(prompt)):
-            raise InputError(f"prompt: got {prompt!r}, expected text, or a list of texts.")
-        number = len(_as_list(image if prompt is None else prompt))
-        if number == 0:
-            raise InputError("image: got an empty list, expected at least one image.")
-        if isinstance(generator, list) and len(generator) != number:
-            raise InputError(f"generator: got {len(generator)}, expected one, or a list of {number}, one an object.")
-        check_elevation(elevation, number)
-        for name, count in counts.items():
-            least = {"max_faces": 4, "texture_size": 16}.get(name, 1)  # four triangles are the smallest closed mesh
-            if count is not None and count < least:
-                raise InputError(f"{name}: got {count}, expected at least {least}.")
-        return number
-
     def draw_prompt(self, prompt: str, text_to_image: DiffusionPipeline, generator) -> Image.Image:
         """The picture that a text-to-image pipeline draws of the prompt."""
         return text_to_image(prompt, generator=generator).images[0]
@@ -315,7 +294,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         # 1. Check inputs
         if num_candidates is None:
             num_candidates = self.config.default_num_candidates
-        number = self.check_inputs(
+        number = check_call(
             image,
             prompt,
             text_to_image,
@@ -334,9 +313,9 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
 
         # 2. Cut the object out and centre it
         if prompt is not None:
-            drawn = zip(_as_list(prompt), generators, strict=True)
+            drawn = zip(as_list(prompt), generators, strict=True)
             image = [self.draw_prompt(text, text_to_image, one) for text, one in drawn]
-        images = [self.prepare_image(one, background) for one in _as_list(image)]
+        images = [self.prepare_image(one, background) for one in as_list(image)]
         elevations = find_elevations(self.elevation_estimator, images, elevation, self._execution_device)
 
         # 3. Draw six views of each candidate, cut out of their grey
@@ -422,10 +401,6 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         if not return_dict:
             return meshes, views, volumes, coarse_meshes
         return One2345PlusPlusPipelineOutput(meshes, views, volumes, coarse_meshes)
-
-
-def _as_list(value) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _scalars(stage: DiffusionPipeline) -> dict[str, Any]:

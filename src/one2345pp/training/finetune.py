@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
 
@@ -70,20 +71,27 @@ def finetune(config: dict, *, data: Path, output: Path, device: str = "auto", mi
         if not (output / name / "done").exists():
             _run_phase(config, phase, folder, data=data, output=output / name, device=device, minutes=limits[name])
         folder = output / name / "pipeline"
-    MultiViewTilePipeline.from_pretrained(folder).save_pretrained(output / "pipeline")
+    processes = PartialState(cpu=device == "cpu")
+    if processes.is_main_process:
+        MultiViewTilePipeline.from_pretrained(folder).save_pretrained(output / "pipeline")
+    processes.wait_for_everyone()
 
 
 def _run_phase(config: dict, phase: dict, folder, *, data: Path, output: Path, device: str, minutes) -> None:
+    processes = PartialState(cpu=device == "cpu")  # one, unless a launcher has started several
     choice = {key: phase.get(key, default) for key, default in PHASE.items()}
     loop = {key: value for key, value in phase.items() if key not in PHASE}
     pipeline = MultiViewTilePipeline.from_pretrained(folder)
     pipeline.register_to_config(**{key: config[key] for key in SCALARS if key in config})
     config = {**DEFAULTS, **{key: pipeline.config[key] for key in SCALARS}, **config}
     select_trainable(pipeline.unet, **choice, seed=config["seed"])
-    dataset = FinetuneDataset(data, config, pipeline, output.parent / "latents")
+    with processes.main_process_first():
+        dataset = FinetuneDataset(data, config, pipeline, output.parent / "latents")
     examples = preview_examples(config["validation"] or data, config)
     objective = FinetuneObjective(config, pipeline, dataset.empty, examples)
     train(objective, dataset, loop, output, device=device, minutes=minutes)
+    if not processes.is_main_process:
+        return processes.wait_for_everyone()
     if choice["lora_rank"] is not None:
         fused = MultiViewTilePipeline.from_pretrained(folder, **{key: config[key] for key in SCALARS})
         fused.load_lora_weights(output / "lora")
@@ -91,6 +99,7 @@ def _run_phase(config: dict, phase: dict, folder, *, data: Path, output: Path, d
         fused.unload_lora_weights()
         fused.save_pretrained(output / "pipeline")
     (output / "done").touch()
+    processes.wait_for_everyone()
 
 
 def select_trainable(unet: nn.Module, trainable: str, lora_rank: int | None, seed: int = 0) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -184,7 +185,7 @@ def train(
         ema.step(parameters)
         step += 1
         now = time.monotonic()
-        elapsed, clock = elapsed + now - clock, now
+        elapsed, clock = _of_main_process(elapsed + now - clock, accelerator), now
         figures.append({"loss": loss.item(), **logs})
         bar.update()
         if step % 50 == 0:
@@ -200,6 +201,7 @@ def train(
             saved, previewed = elapsed, elapsed if draw else previewed
     bar.close()
     checkpoint(preview=True)
+    accelerator.wait_for_everyone()  # all processes go on with what the main one has written
     logger.info("%s: %d steps, %.1f minutes", output, step, elapsed / 60)
 
 
@@ -229,6 +231,13 @@ def _rate(config: dict, step: int, elapsed: float, limit: float) -> float:
         return warmup
     progress = min(1.0, max(step / config["max_steps"], elapsed / limit))
     return warmup * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def _of_main_process(seconds: float, accelerator: Accelerator) -> float:
+    """The main process's figure in all of them: weights stay equal only where rates do, and all stop after the same step."""
+    if accelerator.num_processes == 1:
+        return seconds
+    return broadcast(torch.tensor(seconds, device=accelerator.device)).item()
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

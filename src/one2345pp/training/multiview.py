@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.training_utils import compute_snr
 from diffusers.utils.torch_utils import randn_tensor
@@ -101,6 +102,7 @@ def run(config: dict, *, data: Path, output: Path, device: str = "auto", minutes
         total = sum(limits.values())
         limits = {name: minutes * limit / total for name, limit in limits.items()}
     output = Path(output)
+    processes = PartialState(cpu=device == "cpu")  # one, unless a launcher has started several
 
     if not (output / "vae").exists() or not (output / "vision_encoder").exists():
         images = ImageDataset(data, config)
@@ -109,19 +111,20 @@ def run(config: dict, *, data: Path, output: Path, device: str = "auto", minutes
         train(objective, images, phases["vae"], output / "vae-training", device=device, minutes=limits["vae"])
         vae = AutoencoderKL.from_pretrained(output / "vae-training" / "vae")  # the averaged weights
         standardize_latents(vae, images)
-        _save_whole(vae, output / "vae")
+        _save_whole(vae, output / "vae", processes)
     if not (output / "vision_encoder").exists():
         objective = VisionObjective(config)
         train(objective, images, phases["vision"], output / "vision-training", device=device, minutes=limits["vision"])
         vision = CLIPVisionModelWithProjection.from_pretrained(output / "vision-training" / "vision_encoder")
         standardize_embeds(vision, images)
-        _save_whole(vision, output / "vision_encoder")
+        _save_whole(vision, output / "vision_encoder", processes)
 
     components = build_components(config)
     components["vae"] = AutoencoderKL.from_pretrained(output / "vae")
     components["vision_encoder"] = CLIPVisionModelWithProjection.from_pretrained(output / "vision_encoder")
     pipeline = MultiViewTilePipeline(**components, **{key: config[key] for key in SCALARS if key in config})
-    latents = LatentDataset(data, config, pipeline, output / "latents")
+    with processes.main_process_first():
+        latents = LatentDataset(data, config, pipeline, output / "latents")
     objective = DenoiserObjective(
         config, pipeline, latents.empty, preview_examples(config["validation"] or data, config)
     )
@@ -354,9 +357,11 @@ class DenoiserObjective:
         return {key: self.pipeline.config[key] for key in SCALARS}
 
 
-def _save_whole(model, folder: Path) -> None:
-    """Write a component so that its folder exists only when it is whole."""
-    partial = folder.with_name(folder.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    partial.rename(folder)
+def _save_whole(model, folder: Path, processes: PartialState) -> None:
+    """Write a component, one process for all, so that its folder exists only when it is whole."""
+    if processes.is_main_process:
+        partial = folder.with_name(folder.name + ".part")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        partial.rename(folder)
+    processes.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""Muon: what its updates look like, and that it gets somewhere. How well networks learn with it is in docs/training.md."""
+"""Muon: what its updates look like, and that it gets somewhere. How well networks learn with it is in docs/experiments.md."""
 
 import pytest
 import torch

@@ -62,6 +62,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rig", default="zero123plus-v1.2", choices=(*CameraRig.names(), "random"), help="cameras of the true views"
     )
+    parser.add_argument(
+        "--drawn-rig",
+        choices=CameraRig.names(),
+        help="cameras of the views that `generate` draws; default: the checkpoint's",
+    )
     parser.add_argument("--size", type=int, default=320, help="pixels along a side of the true views")
     parser.add_argument("--limit", type=int, help="only so many objects, spread over the tiers")
     parser.add_argument(
@@ -188,7 +193,7 @@ def predict_one(method, pipe, image: Image.Image, views: list, rig: CameraRig, a
         return pipe.volume(views, cameras=rig, image=image, generator=generator).meshes[0]
     if method == "generate":
         told = args.input_elevation if args.elevation == "told" else None
-        out = pipe(image, refine=args.refine, generator=generator, elevation=told)
+        out = pipe(image, refine=args.refine, generator=generator, elevation=told, rig=args.drawn_rig)
         folder = args.output / "generated_views"
         folder.mkdir(exist_ok=True)
         contact_sheet([out.views[0]], gap=0).save(folder / f"{name}.png")

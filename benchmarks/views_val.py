@@ -2,11 +2,12 @@
 
     python benchmarks/views_val.py --data RINGS --output OUT [--model CHECKPOINT]
 
-`RINGS` is what `one2345pp prepare --rings zero123plus-v1.2` made of held-out objects; of each the first frame and its first input
-picture are used. Rows of the table: `autoencoder` (the true tile through the autoencoder and back, the ceiling), `copy` (the input
-picture six times, the floor), `generated`. `hull_agreement` is the mask IoU of the six masks and those of their own visual hull.
-With `--seeds N` each object is drawn N times, and a second table says how far the drawings of one object are from each other, view by
-view: the input shows what the views at azimuths 30 and 330 see, and says little of those at 150 and 210.
+`RINGS` is what `one2345pp prepare --rings zero123plus-v1.2` made of held-out objects; of each ring of the rig (`--rig`) the first
+frame and its first input picture are used. Rows of the table: `autoencoder` (the true tile through the autoencoder and back, the
+ceiling), `copy` (the input picture six times, the floor), `generated`. `hull_agreement` is the mask IoU of the six masks and those
+of their own visual hull. With `--seeds N` each object is drawn N times, and a second table says how far the drawings of one object
+are from each other, view by view: the input shows what the views at azimuths 30 and 330 see, and says little of those at 150 and
+210.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     pipe = load(args.model)
     prepared = PreparedDataset(args.data)
-    size, rig = pipe.config.view_size, CameraRig.named(pipe.config.rig)
-    frames = Frames(prepared, {"rig": pipe.config.rig, "view_size": size})
-    indices = range(len(prepared))
-    if args.limit and args.limit < len(prepared):
-        indices = [i * len(prepared) // args.limit for i in range(args.limit)]
+    args.rig = args.rig or pipe.config.rig
+    rig = CameraRig.named(args.rig)
+    frames = Frames(prepared, {"rigs": prepared.meta["rigs"], "view_size": pipe.config.view_size})
+    indices = [i for i in range(len(prepared)) if frames.known[frames.labels(prepared[i])[0]] == args.rig]
+    if args.limit and args.limit < len(indices):
+        indices = [indices[i * len(indices) // args.limit] for i in range(args.limit)]
     items = [example(prepared[i], frames) for i in indices]
 
     start = time.perf_counter()
@@ -58,7 +60,13 @@ def main() -> None:
         rows["copy"].append(compare([item["input"]] * len(rig), item["truth"], rig))
         rows["generated"].append(compare(views, item["truth"], rig))
     report = {
-        "settings": {"steps": args.steps, "guidance": args.guidance, "seed": args.seed, "objects": len(items)},
+        "settings": {
+            "rig": args.rig,
+            "steps": args.steps,
+            "guidance": args.guidance,
+            "seed": args.seed,
+            "objects": len(items),
+        },
         "seconds": seconds,
         "mean": {name: mean(values) for name, values in rows.items()},
         "tiers": {
@@ -86,6 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="rings of held-out objects")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", default=str(default_checkpoint()), help="a first stage, or a whole chain")
+    parser.add_argument("--rig", choices=CameraRig.names(), help="cameras of the views; default: the checkpoint's")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the checkpoint's")
     parser.add_argument("--guidance", type=float, help="default: the checkpoint's")
     parser.add_argument("--limit", type=int, help="only so many objects, spread over the set")
@@ -121,6 +130,7 @@ def draw(
             guidance_scale=args.guidance,
             generator=torch.Generator().manual_seed(seed),
             transparent=True,
+            rig=args.rig,
         ).views
     return drawn
 

@@ -337,6 +337,22 @@ def test_compiled_training_is_the_same_training(denoiser, tmp_path):
         torch.testing.assert_close(states[1][name], weight, atol=1e-4, rtol=1e-3, msg=name)
 
 
+def test_every_size_is_compiled_for_itself(denoiser, tmp_path):
+    """Proves that no graph has symbolic sizes, though the passes differ in theirs: inductor cannot order strides of those."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([value for value in inputs if isinstance(value, torch.SymInt)])
+        return graph
+
+    objective = multiview.DenoiserObjective(
+        denoiser[0].config, copy.deepcopy(denoiser[0].pipeline), denoiser[0].empty, []
+    )
+    objective.preview = lambda modules, path: None
+    train(objective, denoiser[1], {**PHASE, "compile": backend}, tmp_path, device="cpu")
+    assert len(graphs) >= 2 and not any(graphs)
+
+
 def test_training_in_bfloat16_is_about_the_same(denoiser, tmp_path):
     """Oracle: the first step in float32: its loss, and weights that go the same way; attention in plain products."""
     losses, fused, moves = [], [], []

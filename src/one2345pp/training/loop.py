@@ -131,7 +131,7 @@ def train(
         backend = "inductor" if accelerator.device.type == "cuda" else None
     if backend is not None and getattr(objective, "same_shapes", True):
         for module in objective.modules.values():
-            module.compile(backend=backend)  # in place: names of weights stay
+            module.compile(backend=backend, dynamic=False)  # in place: names of weights stay
     parameters = [p for p in objective.modules.parameters() if p.requires_grad]
     kinds = {"adamw": torch.optim.AdamW, "muon": MuonAdamW}
     if config["optimizer"] not in kinds:

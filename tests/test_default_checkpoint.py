@@ -45,6 +45,33 @@ def test_weights_are_half_on_disk_and_float_in_memory():
     assert str(pipe.unet.dtype) == str(pipe.occupancy_unet.dtype) == "torch.float32"
 
 
+def test_views_are_those_of_the_rig_that_is_asked_for():
+    """Oracle: how high beside its width a disc looks from the cameras of each named rig, whose elevations differ by 10 degrees."""
+    import torch
+
+    from one2345pp import CameraRig, One2345PlusPlusPipeline
+    from one2345pp.geometry.framing import frame_object
+    from one2345pp.geometry.mesh import normalize_to_sphere
+    from one2345pp.geometry.render import render
+
+    turn = trimesh.transformations.rotation_matrix(-np.pi / 2, [1, 0, 0])
+    disc = normalize_to_sphere(trimesh.creation.cylinder(1.0, 0.15).apply_transform(turn))
+    disc.visual.vertex_colors = [200, 60, 40, 255]
+    camera = CameraRig.from_angles([0.0], 10.0, 0.52, 1.9)
+    picture = frame_object(Image.fromarray(render(disc, camera, 128)[0]))
+    pipe = One2345PlusPlusPipeline.from_pretrained(FOLDER).multiview
+    assert set(pipe.rigs) == set(CameraRig.names())
+
+    def shape_of(view) -> float:
+        mask = np.asarray(view)[..., 3] >= 128
+        return mask.any(1).sum() / mask.any(0).sum()
+
+    for rig in pipe.rigs:
+        views = pipe(picture, rig=rig, generator=torch.Generator().manual_seed(0), transparent=True).views[0]
+        truth = render(disc, CameraRig.named(rig), 48)
+        assert np.abs(np.subtract([*map(shape_of, views)], [*map(shape_of, truth)])).mean() < 0.07, rig
+
+
 def test_a_picture_says_how_high_it_looks():
     """Oracle: named shapes, which no network was trained on, drawn from the horizon and from 35 degrees above it."""
     from one2345pp import CameraRig, One2345PlusPlusPipeline

@@ -62,7 +62,7 @@ def test_pipeline_call_signature():
     expected = """self image prompt negative_prompt num_inference_steps guidance_scale num_images_per_prompt height width
         generator latents control_image output_type return_dict callback_on_step_end callback_on_step_end_tensor_inputs
         cross_attention_kwargs controlnet_conditioning_scale control_guidance_start control_guidance_end guidance_interval
-        transparent reuse_interval prompt_embeds negative_prompt_embeds"""
+        transparent reuse_interval prompt_embeds negative_prompt_embeds rig"""
     assert names == expected.split()
 
 

@@ -147,7 +147,8 @@ def test_a_call_says_what_kind_each_view_is(tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = SparseVolumeDiffusionPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(run(loaded, kinds=KINDS), told)
+    # Weights from a file lie elsewhere in memory, and some CPUs' products then round otherwise.
+    assert (run(loaded, kinds=KINDS) - told).abs().max() < 1e-6 < (run(pipe) - told).abs().max()
     plain = volume_pipe()
     assert torch.equal(run(plain, kinds=KINDS), run(plain))
 

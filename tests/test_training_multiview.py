@@ -38,6 +38,28 @@ CONFIG = {
 }
 
 
+TWO_PROCESSES = """
+import json, sys, torch
+from accelerate import PartialState
+from one2345pp.training import loop, multiview
+
+torch.set_num_threads(1)
+data, folder = sys.argv[1:]
+steps, sums, rate, train = [], [], loop._rate, loop.train
+loop._rate = lambda *args: steps.append(args[1]) or rate(*args)
+
+
+def watch(objective, *args, **kwargs):
+    train(objective, *args, **kwargs)
+    sums.append(sum(p.double().sum().item() for p in objective.modules.parameters()))
+
+
+multiview.train = watch
+multiview.run(json.load(open(folder + "/config.json")), data=data, output=folder + "/run", device="cpu")
+print(json.dumps([len(steps), sums]), file=open(f"{folder}/{PartialState().process_index}.json", "w"))
+"""
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """A prepared folder of three objects, random pictures of 24 pixels, six views of one rig."""
@@ -78,22 +100,7 @@ def test_two_processes_train_one_model(data, tmp_path):
     config = {**CONFIG, "phases": dict.fromkeys(("vae", "vision", "unet"), phase)}
     (tmp_path / "config.json").write_text(json.dumps(config))
     program = tmp_path / "program.py"
-    program.write_text(
-        "import json, sys, torch\n"
-        "from accelerate import PartialState\n"
-        "from one2345pp.training import loop, multiview\n"
-        "torch.set_num_threads(1)\n"
-        "data, folder = sys.argv[1:]\n"
-        "steps, rate, sums = [], loop._rate, []\n"
-        "loop._rate = lambda *args: steps.append(args[1]) or rate(*args)\n"
-        "train = loop.train\n"
-        "def watch(objective, *args, **kwargs):\n"
-        "    train(objective, *args, **kwargs)\n"
-        "    sums.append(sum(p.double().sum().item() for p in objective.modules.parameters()))\n"
-        "multiview.train = watch\n"
-        "multiview.run(json.load(open(folder + '/config.json')), data=data, output=folder + '/run', device='cpu')\n"
-        "print(json.dumps([len(steps), sums]), file=open(f'{folder}/{PartialState().process_index}.json', 'w'))\n"
-    )
+    program.write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(

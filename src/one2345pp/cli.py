@@ -103,7 +103,7 @@ def build_parser() -> OneLineParser:
     text = "for train multiview: only views of this rig, six azimuths of the input view in each frame; given again, rigs take turns"
     prepare.add_argument("--shapes", type=int, default=0, metavar="N", help="random procedural objects, beside meshes")
     prepare.add_argument("--normals", action="store_true", help="frames hold the views' normals, too")
-    prepare.add_argument("--vary", action="store_true", help="all frames but the first: stretched and recoloured")
+    prepare.add_argument("--vary", action="store_true", help="all frames but the fronts: stretched and recoloured")
     prepare.add_argument("--rings", action="append", choices=RIGS, metavar="RIG", help=text)
 
     train = command("train", "train one stage")

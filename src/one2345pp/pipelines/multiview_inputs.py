@@ -66,9 +66,8 @@ def check_counts(**counts: int | None) -> None:
             raise InputError(f"{name}: got {count}, expected at least 1.")
 
 
-def check_rigs(rigs: list[str], first: str, classes: int | None) -> None:
-    """A class of the UNet for each rig, if there are several; the first choice is one of them."""
-    check_rig(first, rigs)
+def check_rigs(rigs: list[str], classes: int | None) -> None:
+    """A class of the UNet for each rig, if there are several."""
     if (classes or 1) != len(rigs):
         raise InputError(
             f"rigs: {', '.join(rigs)} need a UNet with num_class_embeds={len(rigs)}, this one has {classes}. "

@@ -127,7 +127,9 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
         )
-        multiview_inputs.check_rigs(self.rigs, rig, None if unet is None else unet.config.num_class_embeds)
+        self.choose_rig(rig)
+        if unet is not None:
+            multiview_inputs.check_rigs(self.rigs, unet.config.num_class_embeds)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -159,6 +161,12 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
     def rigs(self) -> list[str]:
         """Names of the rigs whose views the weights can draw."""
         return list(self.config.rigs or [self.config.rig])
+
+    def choose_rig(self, rig: str | None) -> str:
+        """The rig that a call asks for, the checkpoint's first choice if it does not say; refused if the weights do not know it."""
+        rig = self.config.rig if rig is None else rig
+        multiview_inputs.check_rig(rig, self.rigs)
+        return rig
 
     # --- steps of a call, in order ------------------------------------------------------------------------------
 
@@ -325,7 +333,7 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
         multiview_inputs.check_size(height, width, config.view_size, self.vae_scale_factor)
         multiview_inputs.check_noise(latents, self.latent_shape(batch, height, width), generator)
         multiview_inputs.check_output(output_type, transparent)
-        multiview_inputs.check_rig(rig := config.rig if rig is None else rig, self.rigs)
+        rig = self.choose_rig(rig)
         multiview_inputs.check_tensor_inputs(names, self._callback_tensor_inputs)
         multiview_inputs.check_share("guidance_interval", *guidance_interval)
         control = Control.of(
@@ -372,7 +380,9 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
             {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         )
         tile = (ROWS, COLUMNS) if config.tile_positions else None
-        label = torch.tensor([self.rigs.index(rig)], device=latents.device) if len(self.rigs) > 1 else None
+        label = torch.tensor(
+            [self.rigs.index(rig)], device=latents.device
+        )  # a UNet without classes does not look at it
         with reference_attention(self.unet, tile) as passes, self.progress_bar(total=steps) as progress:
             for step, timestep in enumerate(timesteps):
                 if self.interrupt:

@@ -25,7 +25,6 @@ from .candidates import best_candidate, reconstruct_drawn
 from .chain_inputs import as_list, check_call
 from .elevations import find_elevations
 from .hub import SelfContainedMixin
-from .multiview_inputs import check_rig
 from .pipeline_multiview_tile import MultiViewTilePipeline
 from .pipeline_output import One2345PlusPlusPipelineOutput
 from .pipeline_sparse_volume import SparseVolumeDiffusionPipeline
@@ -308,7 +307,8 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             texture_size=texture_size,
             max_faces=max_faces,
         )
-        check_rig(rig_name := self.multiview.config.rig if rig is None else rig, self.multiview.rigs)
+        multiview = self.multiview
+        rig_name = multiview.choose_rig(rig)
         generators = generator if isinstance(generator, list) else [generator] * number
 
         # 2. Cut the object out and centre it
@@ -319,7 +319,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         elevations = find_elevations(self.elevation_estimator, images, elevation, self._execution_device)
 
         # 3. Draw six views of each candidate, cut out of their grey
-        multiview, rig = self.multiview, CameraRig.named(rig_name)
+        rig = CameraRig.named(rig_name)
         tries = [each for each in zip(images, generators, strict=True) for _ in range(num_candidates)]
         views = [
             multiview(

@@ -237,7 +237,7 @@ def _of_main_process(seconds: float, accelerator: Accelerator) -> float:
     """The main process's figure in all of them: weights stay equal only where rates do, and all stop after the same step."""
     if accelerator.num_processes == 1:
         return seconds
-    return broadcast(torch.tensor(seconds, device=accelerator.device)).item()
+    return broadcast(torch.tensor(seconds, dtype=torch.float64, device=accelerator.device)).item()
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

@@ -309,7 +309,7 @@ class DenoiserObjective:
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         scheduler, timesteps, context = self.noise_scheduler, batch["timesteps"], batch["context"]
-        labels = batch["labels"] if self.pipeline.unet.config.num_class_embeds else None
+        labels = batch["labels"]  # of rigs; a UNet without classes does not look at them
         noised = scheduler.add_noise(batch["latents"], batch["noise"], timesteps)
         reference = self.encode_references(batch["reference"], generator)
         reference_steps = torch.zeros_like(timesteps)

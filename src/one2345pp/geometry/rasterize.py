@@ -88,7 +88,7 @@ def rasterize(
         return _rasterize_nvdiffrast(mesh, rig, height, width)
     if rasterizer not in ("auto", "embree"):
         raise InputError(f"rasterizer: got {rasterizer!r}, expected 'auto', 'embree' or 'nvdiffrast'.")
-    scene = EmbreeScene(mesh)
+    scene, rig = EmbreeScene(mesh), rig.to("cpu")
     origins, directions = rig.rays(height, width)
     forward = -rig.camera_to_world[:, :3, 2]
     face_ids, barycentrics, depth = [], [], []

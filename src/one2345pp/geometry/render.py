@@ -53,7 +53,7 @@ def render(
     """
     if shading not in SHADINGS:
         raise InputError(f"shading: got {shading!r}, expected {', '.join(map(repr, SHADINGS))}.")
-    fine = size * supersample
+    fine, rig = size * supersample, rig.to("cpu")
     out = np.zeros((len(rig), size, size, 4), np.uint8)
     for view in range(len(rig)):
         fragments = rasterize(mesh, rig[view], fine, rasterizer=rasterizer)

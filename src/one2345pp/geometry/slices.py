@@ -37,7 +37,7 @@ def draw_slices(volume: SparseVolume, axis: str = "z", count: int = 8, size: int
         raise InputError(f"count: got {count}, expected at least 1.")
     if len(volume) == 0:
         raise InputError("volume: has no active cells, so there is nothing to draw.")
-    number = AXES.index(axis)
+    volume, number = volume.to("cpu"), AXES.index(axis)
     layers = volume.coords[:, number]
     chosen = np.linspace(int(layers.min()), int(layers.max()), count).round().astype(int)
     sheet = Image.new("RGB", (count * (size + GAP) - GAP, 2 * size + GAP), "white")

@@ -6,7 +6,7 @@ Axes: N active cells, X Y Z grid.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +43,11 @@ class SparseVolume:
 
     def __len__(self) -> int:
         return len(self.coords)
+
+    def to(self, device: torch.device | str) -> SparseVolume:
+        """The same volume with its tensors on a device."""
+        moved = {name: getattr(self, name).to(device) for name in ("coords", "sdf", "colors")}
+        return replace(self, **moved)
 
     @property
     def centers(self) -> Tensor:

@@ -212,7 +212,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         Returns:
             Maps to look visibility up in, and one sample for each raster pixel that has any weight.
         """
-        largest = max(view.width for view in views)
+        rig, largest = rig.to("cpu"), max(view.width for view in views)
         size = largest * max(1, -(-256 // largest))  # small views are looked at several times a pixel
         fragments = rasterize(mesh, rig, size, rasterizer=rasterizer)
         weights, seen = np.zeros(fragments.mask.shape, np.float32), []

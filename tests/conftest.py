@@ -30,6 +30,33 @@ def fresh_python(tmp_path_factory):
     return run
 
 
+@pytest.fixture
+def one_thread():
+    """For small products: waiting for a second thread costs more than it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def cuda():
+    """A pretended one: the device."""
+    from pretend_gpu import pretend_gpu
+
+    with pretend_gpu("cuda") as device:
+        yield device
+
+
+@pytest.fixture(params=["cuda", "mps"])
+def gpu(request):
+    """A pretended one of either kind: the device."""
+    from pretend_gpu import pretend_gpu
+
+    with pretend_gpu(request.param) as device:
+        yield device
+
+
 def multiview_components() -> dict:
     """Components of a stage 1 pipeline, real classes, as small as they get; views of 16 pixels."""
     import transformers

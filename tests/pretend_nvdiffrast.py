@@ -12,7 +12,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from pretend_cuda import PretendTensor
+from pretend_gpu import PretendTensor
 
 
 class RasterizeCudaContext:

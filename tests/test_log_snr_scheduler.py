@@ -17,13 +17,7 @@ from one2345pp.schedulers.scheduling_log_snr import LogSNRScheduler
 PREDICTIONS = ("sample", "epsilon", "v_prediction")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: waiting for a second thread costs more than it gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -22,13 +22,7 @@ from one2345pp.models.sparse import (
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products: waiting for a second thread costs more than it gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -19,12 +19,7 @@ from one2345pp.geometry.repair import is_solid
 GREY, RADIUS, VIEW = 0.5, 0.4, 48
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pattern(points):

@@ -1,8 +1,8 @@
 """A pretend GPU for tests on machines without one.
 
-Under `pretend_cuda()` tensors can be moved to "cuda" and made there. They say that they are on `cuda:0`, are computed on the CPU, and
-refuse what CUDA refuses: tensors of another device, CPU generators, numpy. That finds what code forgets to move. It says nothing about
-CUDA's own kernels, number formats, speed or memory.
+Under `pretend_gpu("cuda")` tensors can be moved to "cuda" and made there. They say that they are on `cuda:0`, are computed on the CPU,
+and refuse what CUDA refuses: tensors of another device, CPU generators, numpy. With "mps" it is Apple's, which has no float64, either.
+That finds what code forgets to move. It says nothing about a GPU's own kernels, number formats, speed or memory.
 
 A pretended tensor is a wrapper subclass: to PyTorch's C++ side a meta tensor, whose operations arrive in `__torch_dispatch__` and are
 done on the CPU tensor in it. C++ makes scalars and lists into meta tensors before that, and their values are lost, so `Calls`, which
@@ -22,14 +22,15 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
 
-CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
 COPIES = {aten.copy_.default, aten._to_copy.default}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
 class PretendTensor(torch.Tensor):
-    """A tensor that says it is on `cuda:0` and computes with `on_cpu`."""
+    """A tensor that says it is on the pretended `gpu` and computes with `on_cpu`."""
+
+    gpu = torch.device("cuda", 0)
 
     @staticmethod
     def __new__(cls, on_cpu: torch.Tensor):
@@ -37,10 +38,15 @@ class PretendTensor(torch.Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, on_cpu.shape, **like, device="meta")
 
     def __init__(self, on_cpu: torch.Tensor):
+        if self.gpu.type == "mps" and on_cpu.dtype == torch.float64:
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
         self.on_cpu = on_cpu
 
-    device = property(lambda self: CUDA)
-    is_cuda = property(lambda self: True)
+    device = property(lambda self: self.gpu)
+    is_cuda = property(lambda self: self.gpu.type == "cuda")
+    is_mps = property(lambda self: self.gpu.type == "mps")
     is_cpu = property(lambda self: False)
     is_meta = property(lambda self: False)
 
@@ -48,7 +54,9 @@ class PretendTensor(torch.Tensor):
         return self.on_cpu.tolist()
 
     def numpy(self, *args, **kwargs):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to host memory.")
+        raise TypeError(
+            f"can't convert {self.gpu} device type tensor to numpy. Use Tensor.cpu() to copy it to host memory."
+        )
 
     __array__ = numpy
 
@@ -61,8 +69,8 @@ class PretendTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is aten.where.self:  # the lost number is the 0 of its own gradient; calls go through `where` below
-            args = tuple(torch.zeros((), dtype=leaf.dtype) if leaf.is_meta else leaf for leaf in args)
+        if torch._C._current_graph_task_id() != -1:  # in a backward pass C++ makes zeros: gradients that nobody gave
+            args, kwargs = tree_map(zeros_if_lost, (args, kwargs))
         check_devices(func, args, kwargs)
         to_cpu = func is aten.copy_.default and not isinstance(args[0], cls)
         if kwargs.get("device") is not None:
@@ -93,18 +101,18 @@ class Calls(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         pretended = any(isinstance(leaf, PretendTensor) for leaf in tree_leaves((args, kwargs)))
         if func is torch.Tensor.cuda:
-            func, args = torch.Tensor.to, (args[0], CUDA)
+            func, args = torch.Tensor.to, (args[0], "cuda")
         if func is torch.Tensor.to:
-            args, kwargs, moved = without_cuda(args, kwargs)
+            args, kwargs, moved = without_gpu(args, kwargs)
             if moved and not isinstance(args[0], PretendTensor):
                 args[0] = Move.apply(args[0])
             return func(*args, **kwargs) if len(args) + len(kwargs) > 1 else args[0]
         if func is torch.Tensor.backward:  # its own code names devices, too
             with self:
                 return torch.autograd.backward(args[0], kwargs.get("gradient"), kwargs.get("retain_graph"))
-        if is_cuda(kwargs.get("device")):
+        if is_gpu(kwargs.get("device")):
             if kwargs.get("generator") is not None:
-                raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+                raise RuntimeError(f"Expected a '{PretendTensor.gpu.type}' device type for generator but found 'cpu'")
             made = func(*bare(args), **{**bare(kwargs), "device": "cpu"})
             return tree_map(wrapped, made) if not kwargs.get("requires_grad") else wrapped(made).requires_grad_()
         if pretended and func in REPLACED:
@@ -113,16 +121,20 @@ class Calls(TorchFunctionMode):
 
 
 @contextmanager
-def pretend_cuda() -> Iterator[torch.device]:
-    """Pretend that there is a GPU; gives its device."""
-    calls, apply = Calls(), BackwardCFunction.apply
+def pretend_gpu(kind: str) -> Iterator[torch.device]:
+    """Pretend that there is a GPU, "cuda" or "mps"; gives its device."""
+    calls, apply, gpu = Calls(), BackwardCFunction.apply, torch.device(kind, 0)
 
     def under_the_mode(node, *gradients):  # the autograd engine runs the backward passes of functions without it
         with calls:
             return apply(node, *gradients)
 
-    with calls, mock.patch.object(BackwardCFunction, "apply", under_the_mode):
-        yield CUDA
+    with (
+        calls,
+        mock.patch.object(BackwardCFunction, "apply", under_the_mode),
+        mock.patch.object(PretendTensor, "gpu", gpu),
+    ):
+        yield gpu
 
 
 def bare(tree):
@@ -135,31 +147,37 @@ def wrapped(leaf):
     return PretendTensor(leaf) if plain else leaf
 
 
-def is_cuda(device) -> bool:
-    return isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda"
+def zeros_if_lost(leaf):
+    lost = isinstance(leaf, torch.Tensor) and leaf.is_meta
+    return PretendTensor(torch.zeros(leaf.shape, dtype=leaf.dtype)) if lost else leaf
+
+
+def is_gpu(device) -> bool:
+    return isinstance(device, (str, torch.device)) and torch.device(device).type == PretendTensor.gpu.type
 
 
 def check_devices(func, args, kwargs) -> None:
-    """Raise what CUDA would: only copies, indices and tensors without dimensions may come from elsewhere."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    """Raise what a GPU would: only copies, indices and tensors without dimensions may come from elsewhere."""
+    leaves = tree_leaves((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     assert not any(tensor.is_meta for tensor in tensors), f"{func}: a value was lost"
-    if any(isinstance(leaf, torch.Generator) for leaf in tree_leaves((args, kwargs))):
-        raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+    if any(isinstance(leaf, torch.Generator) for leaf in leaves):
+        raise RuntimeError(f"Expected a '{PretendTensor.gpu.type}' device type for generator but found 'cpu'")
     if func in COPIES:
         return
     if func in INDEXED and isinstance(args[0], PretendTensor):
         tensors = [leaf for leaf in args[2:3] if isinstance(leaf, torch.Tensor)]
     if any(tensor.ndim > 0 and not isinstance(tensor, PretendTensor) for tensor in tensors):
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({func})"
+            f"Expected all tensors to be on the same device, but found two devices, {PretendTensor.gpu} and cpu! ({func})"
         )
 
 
-def without_cuda(args, kwargs) -> tuple[list, dict, bool]:
+def without_gpu(args, kwargs) -> tuple[list, dict, bool]:
     """Arguments of `Tensor.to` with the format alone, and whether they ask for the pretended device."""
     targets = [leaf for leaf in (*args[1:], kwargs.get("device"), kwargs.get("other")) if leaf is not None]
     like = next((leaf for leaf in targets if isinstance(leaf, torch.Tensor)), None)
-    if not (isinstance(like, PretendTensor) or any(is_cuda(leaf) for leaf in targets)):
+    if not (isinstance(like, PretendTensor) or any(is_gpu(leaf) for leaf in targets)):
         return list(args), kwargs, False
     formats = [leaf for leaf in args[1:] if isinstance(leaf, torch.dtype)] + ([like.dtype] if like is not None else [])
     kept = {key: value for key, value in kwargs.items() if key in ("dtype", "copy", "memory_format")}

@@ -1,6 +1,6 @@
-"""Every stage, the engine and training on a pretended GPU: nothing is left on the CPU by mistake, and results are the CPU's.
+"""Every stage, the engine, cameras and volumes on a pretended GPU: nothing is left on the CPU by mistake, and results are the CPU's.
 
-What `pretend_cuda` can prove is where tensors are. CUDA's own kernels, and bf16 and compiled training on it, need a GPU.
+What `pretend_gpu` can prove is where tensors are. A GPU's own kernels need one.
 """
 
 import numpy as np
@@ -8,7 +8,6 @@ import pretend_nvdiffrast
 import pytest
 import torch
 import trimesh
-from accelerate import Accelerator
 from conftest import build_multiview, multiview_components, volume_components
 from diffusers import (
     DDPMScheduler,
@@ -18,14 +17,10 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
-from pretend_cuda import PretendTensor, pretend_cuda
-from test_elevation import SMALL, sets  # noqa: F401
+from pretend_gpu import PretendTensor, pretend_gpu
+from test_elevation import SMALL
 from test_multiview_controlnet import make_controlnet
 from test_texture_refinement import grey_ball, photograph
-from test_training_multiview import CONFIG as FIRST
-from test_training_multiview import data  # noqa: F401
-from test_training_volume import CONFIG as VOLUMES
-from test_training_volume import dataset  # noqa: F401
 from test_volume_variants import fine_components
 from transformers import Dinov2Config, Dinov2Model
 
@@ -44,21 +39,9 @@ from one2345pp.geometry.render import render
 from one2345pp.geometry.slices import draw_slices
 from one2345pp.geometry.volume import SparseVolume
 from one2345pp.models.sparse import SparseConv3d, SparseDownConv3d, SparseGrid, SparseGroupNorm, SparseUpConv3d
-from one2345pp.training import elevation, loop, multiview, occupancy, sparse
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def cuda():
-    with pretend_cuda() as device:
-        yield device
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the pretended GPU ------------------------------------------------------------------------------------------------
@@ -96,6 +79,14 @@ def test_what_cuda_refuses_is_refused(cuda, mistake):
         mistake(torch.ones(3), torch.ones(3, device=cuda))
 
 
+def test_mps_has_no_float64():
+    with pretend_gpu("mps") as mps:
+        assert torch.ones(2, device=mps).to(torch.float16).device.type == "mps"
+        for mistake in (lambda: torch.ones(2, dtype=torch.float64).to(mps), lambda: torch.ones(2, device=mps).double()):
+            with pytest.raises(TypeError, match="float64"):
+                mistake()
+
+
 def test_what_cuda_takes_is_taken(cuda):
     """Copies, scalars, lists, indices from the CPU; views share memory; gradients come back to the CPU."""
     there = torch.zeros(3, 2, device=cuda)
@@ -113,7 +104,7 @@ def test_what_cuda_takes_is_taken(cuda):
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 
-def test_sparse_engine(cuda):
+def test_sparse_engine(gpu):
     """Oracle: the CPU's values and gradients, through a submanifold, a strided and an upsampling convolution and a norm."""
     rng = torch.Generator().manual_seed(0)
     coords = (torch.rand(2, 8, 8, 8, generator=rng) < 0.2).nonzero()
@@ -122,7 +113,7 @@ def test_sparse_engine(cuda):
     )
     features = torch.randn(len(coords), 4, generator=rng)
 
-    def run(device: str) -> list[torch.Tensor]:
+    def run(device) -> list[torch.Tensor]:
         layers.to(device)
         grid = SparseGrid(coords.to(device), 8, 2)
         rows = features.detach().to(device).requires_grad_()
@@ -132,8 +123,8 @@ def test_sparse_engine(cuda):
         found.square().sum().backward()
         return [found, rows.grad, *(parameter.grad for parameter in layers.parameters())]
 
-    for here, there in zip(run("cpu"), run("cuda"), strict=True):
-        assert there.device.type == "cuda"
+    for here, there in zip(run("cpu"), run(gpu), strict=True):
+        assert there.device.type == gpu.type
         torch.testing.assert_close(there.cpu(), here, atol=1e-4, rtol=1e-4)
 
 
@@ -160,15 +151,15 @@ def test_nvdiffrast_is_called_as_it_documents(cuda, monkeypatch):
 # --- cameras and volumes that are on the GPU --------------------------------------------------------------------------
 
 
-def test_cameras(cuda, tmp_path):
+def test_cameras(gpu, tmp_path):
     """Oracle: the CPU's cameras, rays and projections; what draws on the CPU takes cameras from the GPU."""
     here = CameraRig.named("zero123plus-v1.2")
-    there = here.to(cuda)
+    there = here.to(gpu)
     points = torch.rand(5, 3, generator=torch.Generator().manual_seed(0)) - 0.5
     pairs = zip(
         [
             *there.rays(4, 6),
-            *project(points.to(cuda), there),
+            *project(points.to(gpu), there),
             there.rotated(30).world_to_camera,
             there[[1, 2]].positions,
         ],
@@ -176,22 +167,22 @@ def test_cameras(cuda, tmp_path):
         strict=True,
     )
     for moved, expected in pairs:
-        assert moved.device.type == "cuda"
+        assert moved.device.type == gpu.type
         torch.testing.assert_close(moved.cpu(), expected)
-    assert CameraRig.cat([there, there]).fov.device.type == "cuda"
+    assert CameraRig.cat([there, there]).fov.device.type == gpu.type
     there.save(tmp_path / "cameras.json", list("abcdef"))
     assert torch.equal(CameraRig.load(tmp_path)[0].camera_to_world, here.camera_to_world)
     assert np.array_equal(render(grey_ball(1), there, 16), render(grey_ball(1), here, 16))
 
 
-def test_volumes(cuda, tmp_path):
+def test_volumes(gpu, tmp_path):
     """Oracle: the CPU's file, mesh and pictures."""
     axis = (torch.arange(16) + 0.5) / 16 - 0.5
     coords = torch.cartesian_prod(*[torch.arange(16)] * 3)
     sdf = torch.cartesian_prod(axis, axis, axis).norm(dim=1) - 0.3
     near = sdf.abs() < 0.12
     here = SparseVolume(coords[near], sdf[near], torch.rand(int(near.sum()), 3), 16, 0.12)
-    there = SparseVolume(here.coords.to(cuda), here.sdf.to(cuda), here.colors.to(cuda), 16, 0.12)
+    there = SparseVolume(here.coords.to(gpu), here.sdf.to(gpu), here.colors.to(gpu), 16, 0.12)
     torch.testing.assert_close(there.dense().cpu(), here.dense())
     torch.testing.assert_close(there.centers.cpu(), here.centers)
     there.save(tmp_path / "there.safetensors")
@@ -254,7 +245,7 @@ FIRST_STAGE = {  # components, settings, arguments
 
 
 @pytest.mark.parametrize("name", FIRST_STAGE)
-def test_first_stage(cuda, name):
+def test_first_stage(gpu, name):
     """Oracle: the CPU's tile."""
     make, settings, arguments = FIRST_STAGE[name]
     pipe = build_multiview(make(), **settings)
@@ -264,7 +255,7 @@ def test_first_stage(cuda, name):
         return torch.as_tensor(pipe(**{"image": picture(), "output_type": "pt"} | arguments | fresh).images)
 
     expected = draw()
-    pipe.to("cuda")
+    pipe.to(gpu)
     torch.testing.assert_close(draw().cpu(), expected, atol=1e-3, rtol=1e-3)
 
 
@@ -308,7 +299,7 @@ SECOND_STAGE = {
 
 
 @pytest.mark.parametrize("name", SECOND_STAGE)
-def test_second_stage(cuda, name):
+def test_second_stage(gpu, name):
     """Oracle: the CPU's distances and colours at the same voxels."""
     make, settings, arguments = SECOND_STAGE[name]
     steps = {"default_num_occupancy_steps": 2, "default_num_sparse_steps": 2}
@@ -316,13 +307,13 @@ def test_second_stage(cuda, name):
     pipe.set_progress_bar_config(disable=True)
     views = [picture(24, seed) for seed in range(6)]
     here = pipe(views, generator=seeded(), output_type="volume", **arguments).volumes[0]
-    pipe.to("cuda")
-    rig = CameraRig.named("zero123plus-v1.2").to(cuda)
+    pipe.to(gpu)
+    rig = CameraRig.named("zero123plus-v1.2").to(gpu)
     there = pipe(views, rig, generator=seeded(), output_type="volume", **arguments).volumes[0]
     assert_same_volume(there, here)
 
 
-def test_third_stage(cuda):
+def test_third_stage(gpu):
     """Oracle: the CPU's texture; the fit is a few dozen steps of Adam, so a few levels of 255 are allowed."""
     steps = {"default_num_inference_steps": 30, "default_texture_size": 64}
     field = {"resolution": 16, "components": 4, "feature_channels": 8, "hidden": 16, "batch_size": 512}
@@ -331,37 +322,37 @@ def test_third_stage(cuda):
     rig, ball = CameraRig.named("zero123plus-v1.2"), grey_ball(2)
     views = photograph(ball, rig)
     here, there = (
-        pipe(ball, views, rig.to(device), generator=seeded(), device=device).meshes[0] for device in ("cpu", "cuda")
+        pipe(ball, views, rig.to(device), generator=seeded(), device=device).meshes[0] for device in ("cpu", gpu)
     )
     a, b = (np.asarray(mesh.visual.material.baseColorTexture, float) for mesh in (here, there))
     assert np.abs(a - b).mean() < 2
 
 
-@pytest.mark.parametrize("offload", [False, True], ids=["moved", "offloaded"])
-def test_chain(cuda, tiny_chain, offload):
-    """Oracle: the CPU's mesh and tile, with an elevation estimator, two candidates and the picture believed; also with models that
-    come to the GPU one after another."""
-    tiny_chain.register_to_config(believe_picture=True)
-    tiny_chain.elevation_estimator = ElevationEstimator(**SMALL).eval()
-
-    def run():
-        return tiny_chain(picture(40), num_candidates=2, generator=seeded())
-
-    here = run()
-    if offload:
-        tiny_chain.enable_model_cpu_offload(device="cuda")
-    else:
-        tiny_chain.to("cuda")
-    there = run()
+def check_chain(chain, move) -> None:
+    """Oracle: the CPU's volume, with an elevation estimator, two candidates and the picture believed."""
+    chain.register_to_config(believe_picture=True)
+    chain.elevation_estimator = ElevationEstimator(**SMALL).eval()
+    here = chain(picture(40), num_candidates=2, generator=seeded())
+    move()
+    there = chain(picture(40), num_candidates=2, generator=seeded())
     assert_same_volume(there.volumes[0], here.volumes[0])
     assert len(there.meshes[0].faces) > 0
 
 
+def test_chain(gpu, tiny_chain):
+    check_chain(tiny_chain, lambda: tiny_chain.to(gpu))
+
+
+def test_chain_with_offloading(cuda, tiny_chain):
+    """Models come to the GPU one after another."""
+    check_chain(tiny_chain, lambda: tiny_chain.enable_model_cpu_offload(device="cuda"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def test_chain_in_half_precision(cuda, tiny_chain, dtype):
+def test_chain_in_half_precision(gpu, tiny_chain, dtype):
     """The formats that people choose on a GPU: all of it runs, and what comes out is finite."""
     tiny_chain.elevation_estimator = ElevationEstimator(**SMALL).eval()
-    tiny_chain.to("cuda", dtype)
+    tiny_chain.to(gpu, dtype)
     out = tiny_chain(picture(40), num_candidates=2, generator=seeded())
     assert out.volumes[0].sdf.isfinite().all() and out.volumes[0].colors.isfinite().all()
     assert len(out.meshes[0].faces) > 0
@@ -377,55 +368,3 @@ def test_commands(cuda, tiny_chain_folder, monkeypatch, tmp_path):
         assert main(["generate", str(tmp_path / "picture.png"), "-o", str(mesh), "--device", device, *common]) == 0
         assert mesh.stat().st_size > 0
     assert (tmp_path / "cuda.glb").read_bytes() == (tmp_path / "auto.glb").read_bytes()
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-class PretendAccelerator(Accelerator):
-    """One that believes that there is a GPU."""
-
-    device = property(lambda self: torch.device("cuda"))
-
-    def prepare(self, *parts):
-        return parts
-
-
-@pytest.fixture
-def training_on_cuda(cuda, monkeypatch):
-    monkeypatch.setattr(loop, "Accelerator", PretendAccelerator)
-
-
-def check_weights(folder) -> None:
-    """What a run has saved are CPU tensors that have moved."""
-    state = torch.load(folder / "state.pt", weights_only=True)["modules"]
-    assert all(type(weight) is torch.Tensor and weight.isfinite().all() for weight in state.values())
-
-
-@pytest.mark.parametrize("stage", ["occupancy", "sparse"])
-def test_training_of_volumes(training_on_cuda, stage, dataset, tmp_path):  # noqa: F811
-    """Two steps, the figures and the preview, and two more from the saved state."""
-    module, config = {"occupancy": occupancy, "sparse": sparse}[stage], VOLUMES[stage]
-    for steps in (2, 4):
-        training = config["training"] | {"max_steps": steps, "compile": None}
-        arguments = {"data": dataset.path, "output": tmp_path, "validation": dataset.path}
-        module.run({**config, "training": training}, **arguments, device="cuda")
-    check_weights(tmp_path)
-    assert list(tmp_path.glob("preview-*.png"))
-
-
-def test_training_of_the_first_stage(training_on_cuda, data, tmp_path):  # noqa: F811
-    phases = {name: phase | {"compile": None} for name, phase in FIRST["phases"].items()}
-    multiview.run(FIRST | {"phases": phases}, data=data, output=tmp_path, device="cuda")
-    assert list(tmp_path.glob("preview-*.png"))
-
-
-def test_training_of_the_elevation(training_on_cuda, sets, tmp_path):  # noqa: F811
-    config = {
-        "estimator": SMALL,
-        "objective": {"pictures": 4},
-        "training": {"batch_size": 2, "max_steps": 2, "compile": None},
-    }
-    arguments = {"data": sets / "rings-train", "validation": sets / "rings-val", "output": tmp_path}
-    elevation.run(config, **arguments, device="cuda")
-    check_weights(tmp_path)

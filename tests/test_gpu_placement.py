@@ -172,6 +172,7 @@ def test_cameras(gpu, tmp_path):
     assert CameraRig.cat([there, there]).fov.device.type == gpu.type
     there.save(tmp_path / "cameras.json", list("abcdef"))
     assert torch.equal(CameraRig.load(tmp_path)[0].camera_to_world, here.camera_to_world)
+    assert np.array_equal(rasterize(grey_ball(1), there, 16).depth, rasterize(grey_ball(1), here, 16).depth)
     assert np.array_equal(render(grey_ball(1), there, 16), render(grey_ball(1), here, 16))
 
 
@@ -228,9 +229,11 @@ def with_scheduler(scheduler: type) -> dict:
     return multiview_components() | {"scheduler": scheduler(prediction_type="v_prediction")}
 
 
+EMBEDS = torch.linspace(-1, 1, 32).reshape(1, 4, 8)
 FIRST_STAGE = {  # components, settings, arguments
     "plain": (multiview_components, {}, {"guidance_scale": 1.0}),
     "guided": (multiview_components, {}, {"prompt": "a", "negative_prompt": "a a", "guidance_interval": (0.0, 0.5)}),
+    "embeds": (multiview_components, {}, {"prompt": None, "prompt_embeds": EMBEDS, "negative_prompt_embeds": -EMBEDS}),
     "batch": (multiview_components, {}, {"image": [picture(), picture(24, 1)], "generator": [seeded(), seeded(1)]}),
     "several": (multiview_components, {}, {"num_images_per_prompt": 2, "output_type": "np"}),
     "reused": (multiview_components, {}, {"num_inference_steps": 4, "reuse_interval": 2}),

@@ -148,6 +148,15 @@ def volume_components() -> dict:
     return components
 
 
+def tiny_dinov2():
+    """A patch encoder of 8 channels with random weights, the same each time."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    return Dinov2Model(Dinov2Config(**tiny)).eval()
+
+
 @pytest.fixture(scope="session")
 def tiny_chain_folder(tmp_path_factory):
     """The whole chain with random weights, saved."""

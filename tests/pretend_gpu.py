@@ -35,7 +35,8 @@ class PretendTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, on_cpu: torch.Tensor):
         like = {"strides": on_cpu.stride(), "storage_offset": on_cpu.storage_offset(), "dtype": on_cpu.dtype}
-        return torch.Tensor._make_wrapper_subclass(cls, on_cpu.shape, **like, device="meta")
+        like |= {"requires_grad": on_cpu.requires_grad, "device": "meta"}
+        return torch.Tensor._make_wrapper_subclass(cls, on_cpu.shape, **like)
 
     def __init__(self, on_cpu: torch.Tensor):
         if self.gpu.type == "mps" and on_cpu.dtype == torch.float64:
@@ -99,7 +100,6 @@ class Calls(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        pretended = any(isinstance(leaf, PretendTensor) for leaf in tree_leaves((args, kwargs)))
         if func is torch.Tensor.cuda:
             func, args = torch.Tensor.to, (args[0], "cuda")
         if func is torch.Tensor.to:
@@ -113,9 +113,8 @@ class Calls(TorchFunctionMode):
         if is_gpu(kwargs.get("device")):
             if kwargs.get("generator") is not None:
                 raise RuntimeError(f"Expected a '{PretendTensor.gpu.type}' device type for generator but found 'cpu'")
-            made = func(*bare(args), **{**bare(kwargs), "device": "cpu"})
-            return tree_map(wrapped, made) if not kwargs.get("requires_grad") else wrapped(made).requires_grad_()
-        if pretended and func in REPLACED:
+            return tree_map(wrapped, func(*bare(args), **{**bare(kwargs), "device": "cpu"}))
+        if func in REPLACED and any(isinstance(leaf, PretendTensor) for leaf in tree_leaves((args, kwargs))):
             return REPLACED[func](*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -184,7 +183,7 @@ def without_gpu(args, kwargs) -> tuple[list, dict, bool]:
     return [args[0], *formats], kept, True
 
 
-def index_of(tensor: PretendTensor, index):
+def with_tensors(index):
     """An index whose lists are tensors."""
     parts = index if isinstance(index, tuple) else (index,)
     return tuple(torch.tensor(part) if isinstance(part, list) else part for part in parts)
@@ -192,7 +191,7 @@ def index_of(tensor: PretendTensor, index):
 
 def set_item(tensor: PretendTensor, index, value) -> None:
     value = value if isinstance(value, torch.Tensor) else PretendTensor(torch.tensor(value, dtype=tensor.dtype))
-    torch.Tensor.__setitem__(tensor, index_of(tensor, index), value)
+    torch.Tensor.__setitem__(tensor, with_tensors(index), value)
 
 
 def where(condition: PretendTensor, *choices):
@@ -218,7 +217,7 @@ def attention(
 
 
 REPLACED = {
-    torch.Tensor.__getitem__: lambda tensor, index: torch.Tensor.__getitem__(tensor, index_of(tensor, index)),
+    torch.Tensor.__getitem__: lambda tensor, index: torch.Tensor.__getitem__(tensor, with_tensors(index)),
     torch.Tensor.__setitem__: set_item,
     torch.Tensor.new_tensor: lambda tensor, data, **kwargs: PretendTensor(
         torch.tensor(data, **{"dtype": tensor.dtype, **kwargs, "device": "cpu"})

@@ -8,7 +8,7 @@ import pretend_nvdiffrast
 import pytest
 import torch
 import trimesh
-from conftest import build_multiview, multiview_components, volume_components
+from conftest import build_multiview, multiview_components, tiny_dinov2, volume_components
 from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -22,7 +22,6 @@ from test_elevation import SMALL
 from test_multiview_controlnet import make_controlnet
 from test_texture_refinement import grey_ball, photograph
 from test_volume_variants import fine_components
-from transformers import Dinov2Config, Dinov2Model
 
 from one2345pp import (
     CameraRig,
@@ -182,7 +181,7 @@ def test_volumes(gpu, tmp_path):
     coords = torch.cartesian_prod(*[torch.arange(16)] * 3)
     sdf = torch.cartesian_prod(axis, axis, axis).norm(dim=1) - 0.3
     near = sdf.abs() < 0.12
-    here = SparseVolume(coords[near], sdf[near], torch.rand(int(near.sum()), 3), 16, 0.12)
+    here = SparseVolume(coords[near], sdf[near], torch.rand(int(near.sum()), 3, generator=seeded()), 16, 0.12)
     there = SparseVolume(here.coords.to(gpu), here.sdf.to(gpu), here.colors.to(gpu), 16, 0.12)
     torch.testing.assert_close(there.dense().cpu(), here.dense())
     torch.testing.assert_close(there.centers.cpu(), here.centers)
@@ -279,11 +278,10 @@ def with_scheduler_of_x0(scheduler: type, **settings) -> dict:
 def with_patches_and_vector() -> dict:
     """DINOv2 patch features of the views, and CLIP's vector of the input picture."""
     parts, first = volume_components(), multiview_components()
-    tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
     for name in ("occupancy_condition", "sparse_condition"):
         parts[name] = ConditionEncoder.from_config(parts[name].config, patch_channels=8)
     return parts | {
-        "patch_encoder": Dinov2Model(Dinov2Config(**tiny)).eval(),
+        "patch_encoder": tiny_dinov2(),
         "vision_encoder": first["vision_encoder"],
         "feature_extractor_clip": first["feature_extractor_clip"],
     }

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 import trimesh
-from conftest import volume_components
+from conftest import tiny_dinov2, volume_components
 from PIL import Image
 from test_training_volume import CONFIG
-from transformers import Dinov2Config, Dinov2Model
 
 from one2345pp import CameraRig, ConditionEncoder, SparseUNet3DModel, SparseVolumeDiffusionPipeline
 from one2345pp.data.dataset import PreparedDataset
@@ -91,8 +90,7 @@ def test_every_ablation_trains(stage, name, dataset, tmp_path):
         config["objective"]["occupancy"] = str(tmp_path / "occupancy")
     if name == "patches":
         config["objective"] = {"patch_encoder": str(tmp_path / "dino")}
-        tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
-        Dinov2Model(Dinov2Config(**tiny)).save_pretrained(tmp_path / "dino")
+        tiny_dinov2().save_pretrained(tmp_path / "dino")
     for steps in (0, 2):
         config["training"] = config["training"] | {"max_steps": steps}
         module.run(config, data=dataset.path, output=tmp_path / str(steps), device="cpu", validation=dataset.path)

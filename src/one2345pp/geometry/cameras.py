@@ -52,10 +52,8 @@ class CameraRig:
             )
         if not torch.isfinite(poses).all():
             raise InputError("camera_to_world: contains NaN or infinity. Pass finite 4x4 matrices.")
-        gram = poses[:, :3, :3].mT @ poses[:, :3, :3]
-        if (gram - torch.eye(3, device=gram.device)).abs().max() > 1e-2 or (
-            torch.linalg.det(poses[:, :3, :3]) < 0
-        ).any():
+        rotations, identity = poses[:, :3, :3], torch.eye(3, device=poses.device)
+        if (rotations.mT @ rotations - identity).abs().max() > 1e-2 or (torch.linalg.det(rotations) < 0).any():
             raise InputError(
                 "camera_to_world: the upper left 3x3 blocks must be rotations (orthonormal, determinant +1). "
                 "Remove scale and mirroring from the matrices."

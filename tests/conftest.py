@@ -14,6 +14,15 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_configure(config):
+    """Processes that run tests side by side (`-n`) share the cores, and so do the processes that their tests start."""
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if workers > 1:
+        threads = max(1, torch.get_num_threads() // workers)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
 @pytest.fixture(scope="session")
 def fresh_python(tmp_path_factory):
     """Run Python code in a new process: `fresh_python(code, *args)` returns its stdout and fails on a non-zero exit."""

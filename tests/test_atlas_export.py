@@ -279,6 +279,17 @@ def test_obj_parts_are_named_after_it_and_spaces_do_no_harm(textured, tmp_path):
     assert load_mesh(path).visual.kind == "texture"
 
 
+def test_two_obj_do_not_share_their_parts(textured, tmp_path):
+    """Names that differ in a space alone: each keeps its own texture, in whichever order they are written, and written again."""
+    red = textured.copy()
+    red.visual.material.baseColorTexture = Image.new("RGB", (8, 8), (200, 0, 0))
+    for one, other in (("a b.obj", "a_b.obj"), ("c_d.obj", "c d.obj")):
+        for _ in range(2):
+            first, second = export_mesh(red, tmp_path / one), export_mesh(textured, tmp_path / other)
+        colors = [np.asarray(load_mesh(path).visual.material.image.convert("RGB")) for path in (first, second)]
+        assert (colors[0] == (200, 0, 0)).all() and not (colors[1] == (200, 0, 0)).all()
+
+
 def test_usdz_is_an_aligned_package_with_the_mesh(textured, tmp_path):
     """Oracle: the USDZ specification: no compression, data on 64 bytes, the stage first; and the mesh's own numbers in it."""
     path = export_mesh(textured, tmp_path / "a.usdz")

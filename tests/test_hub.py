@@ -180,3 +180,14 @@ def test_model_card_survives_the_hub(saved, tmp_path, monkeypatch):
     MultiViewTilePipeline.from_pretrained(saved[0]).push_to_hub("me/third")
     assert uploads.cards[:2] == [("me/mine", "our card"), ("me/other", "our card")]
     assert "generic" in uploads.cards[2][1]
+
+
+def test_the_card_of_another_project_does_not_go_up(saved, tmp_path, monkeypatch):
+    """A pipeline made from components has no card of its own, whatever lies in the working directory."""
+    from conftest import build_multiview
+
+    uploads = Uploads(monkeypatch)
+    (tmp_path / "README.md").write_text("another project")
+    monkeypatch.chdir(tmp_path)
+    build_multiview().push_to_hub("me/mine")
+    assert "generic" in uploads.cards[0][1]

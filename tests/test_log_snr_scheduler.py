@@ -72,6 +72,16 @@ def test_compatibles(name):
     assert difference.abs().max() < 0.01
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("name", LogSNRScheduler._compatibles)
+def test_compatibles_begin_at_pure_noise(name, steps, tmp_path):
+    """What is denoised is pure noise, so the first timestep is the noisiest, also after saving, and in few steps."""
+    LogSNRScheduler().save_pretrained(tmp_path)
+    stock = getattr(diffusers, name).from_config(LogSNRScheduler.from_pretrained(tmp_path).config)
+    stock.set_timesteps(steps)
+    assert stock.timesteps[0] == 999 and len(stock.timesteps) == steps
+
+
 # --- the checks of diffusers' SchedulerCommonTest that apply ---------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import trimesh
 from PIL import Image
+from scipy.spatial import cKDTree
 
 from one2345pp.errors import InputError
 from one2345pp.geometry.cameras import CameraRig
@@ -100,6 +101,23 @@ def test_a_volume_that_fits_stays():
     assert (values - before.sdf)[inner].abs().max() < 1.2 / 64
     assert (values - before.sdf)[inner].abs().mean() < 0.1 / 64
     assert torch.equal(after.dense()[1:][(slice(None), *before.coords.T)].T, before.colors)
+
+
+def test_new_cells_are_near_the_surface_and_coloured_as_their_nearest():
+    """Oracles: the mesh, which new cells lie near, and a tree of the old cells. Far from both, what is made up stays out."""
+    camera, before = front(0.0), volume_of(BODY, *LEGS)
+    before.colors = torch.rand(before.colors.shape, generator=torch.Generator().manual_seed(0))
+    after = fit_outline(before, seen(camera, BODY), camera)
+    mesh = volume_to_mesh(after)
+    old = cKDTree(before.coords.numpy())
+    away, nearest = old.query(after.coords.numpy(), k=1)
+    new = away > 0
+    assert new.sum() > 100
+    surface = cKDTree(trimesh.sample.sample_surface(mesh, 50_000, seed=0)[0])
+    assert surface.query(after.centers.numpy()[new])[0].max() < before.truncation + 2 / 64
+    for cell, color in zip(after.coords.numpy()[new][::50], after.colors.numpy()[new][::50], strict=True):
+        ties = old.query_ball_point(cell, old.query(cell)[0] + 1e-6)
+        assert (np.abs(before.colors.numpy()[ties] - color).max(1) == 0).any()
 
 
 def test_where_the_volume_knows_nothing_nothing_is_added():

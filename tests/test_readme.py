@@ -31,7 +31,7 @@ def test_first_commands_install_run_and_test():
     assert first == (
         "pip install -c constraints.txt . && one2345pp generate examples/mushroom.png -o out.glb --preview out.png"
     )
-    assert second == 'pip install -c constraints.txt ".[test]" && python -m pytest'
+    assert second == 'pip install -c constraints.txt ".[test]" && python -m pytest -n auto --dist loadfile'
     assert README.index(first) < README.index(second) < README.index("## ")
 
 

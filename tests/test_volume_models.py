@@ -39,6 +39,26 @@ def test_sampling_reads_where_the_camera_sees(batch):
     assert torch.allclose(batch.sample(maps, points, 1), uv, atol=1e-5)
 
 
+def test_half_precision_does_not_move_places(batch):
+    """A pattern of one pixel, in bf16, which holds it exactly, is read where the camera sees it, not up to half a pixel beside."""
+    maps = (torch.arange(256) % 2).float().expand(6, 1, 256, 256)
+    points = torch.rand(500, 3, generator=torch.Generator().manual_seed(1)) * 0.4 - 0.2
+    read = batch.sample(maps.bfloat16(), points, 1)
+    assert read.dtype == torch.bfloat16
+    assert (read.float() - batch.sample(maps, points, 1)).abs().max() < 1 / 256
+
+
+def test_rows_may_come_in_any_order(batch):
+    """A grid whose rows are not sorted by sample has the same condition and pixels at each voxel."""
+    model = encoder(sparse=True)
+    coords = (torch.rand(2, 8, 8, 8, generator=torch.Generator().manual_seed(2)) > 0.7).nonzero()
+    mixed = torch.randperm(len(coords), generator=torch.Generator().manual_seed(3))
+    plain, shuffled = SparseGrid(coords, 8, 2), SparseGrid(coords[mixed], 8, 2)
+    assert torch.allclose(model(batch, plain)[0][mixed], model(batch, shuffled)[0], atol=1e-6)
+    for expected, got in zip(project_pixels(batch, plain), project_pixels(batch, shuffled), strict=True):
+        assert torch.allclose(expected[mixed], got, atol=1e-6)
+
+
 def test_points_behind_a_camera_and_outside_an_image_read_zero(batch):
     maps = torch.ones(6, 1, 4, 4)
     behind = CameraRig.named("zero123plus-v1.2").positions[:1] * 1.5
@@ -180,3 +200,18 @@ def test_patch_features_are_sampled_from_a_dinov2():
     rig = CameraRig.from_angles([0, 90, 180], 10, 0.6, 1.8)
     model = encoder(patch_channels=16, stem_channels=())
     assert model(ViewBatch.make(images, [rig, rig], patches))[0].shape == (2, 8, 8, 8, 8)
+
+
+def test_patch_features_are_for_encoders_that_take_them():
+    """A patch encoder whose patches do not divide the views does not matter to encoders without patch channels."""
+    from conftest import tiny_dinov2, volume_components
+    from PIL import Image
+
+    from one2345pp import SparseVolumeDiffusionPipeline
+
+    parts = volume_components()
+    parts["occupancy_condition"] = encoder(image_size=20, hidden_channels=8, channels=(8, 8), stem_channels=(8,))
+    pipe = SparseVolumeDiffusionPipeline(**parts, patch_encoder=tiny_dinov2())
+    rig, views = CameraRig.from_angles([0, 90], 10, 0.6, 1.8), [Image.new("RGBA", (20, 20), (200, 0, 0, 255))] * 2
+    assert pipe.prepare_views([views], [rig], pipe.occupancy_condition).patches is None
+    assert len(pipe(views, cameras=rig, num_occupancy_steps=1, num_sparse_steps=1, output_type="volume").volumes) == 1

@@ -76,6 +76,52 @@ def test_inference_batch_single_identical(pipe, views):
     assert torch.allclose(both[1:], dense(ddim, other, generator=seeded(1)), atol=1e-4)
 
 
+@pytest.mark.parametrize("scheduler", [LogSNRScheduler, DDPMScheduler, DPMSolverMultistepScheduler])
+def test_a_sample_with_its_own_generator_does_not_depend_on_the_others(pipe, views, scheduler):
+    """Schedulers that draw noise in every step, or remember steps: alone, or as the second of two, it is the same object."""
+    options = {} if scheduler is LogSNRScheduler else BETAS
+    parts = pipe.components | {"occupancy_scheduler": scheduler(**options), "sparse_scheduler": scheduler(**options)}
+    mixed = SparseVolumeDiffusionPipeline(**parts, truncation=0.1)
+    mixed.set_progress_bar_config(disable=True)
+    other, steps = views[::-1], {"num_occupancy_steps": 3, "num_sparse_steps": 3}
+    both = dense(mixed, [views, other], generator=[seeded(0), seeded(1)], **steps)
+    assert torch.allclose(both[1:], dense(mixed, other, generator=[seeded(1)], **steps), atol=1e-4)
+    assert torch.allclose(both[:1], dense(mixed, views, generator=[seeded(0)], **steps), atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["occupancy", "sparse"])
+def test_an_interrupt_ends_each_diffusion_with_its_last_prediction(pipe, views, stage):
+    """Noise is never taken for a surface: the volume is that of as many steps' predictions as were made."""
+    last, predicted = {"occupancy": 0, "sparse": 3}[stage], {}
+
+    def stop(stage_pipe, step, timestep, tensors):
+        if step == last:
+            stage_pipe._interrupt = True
+        return tensors
+
+    def watch(name):
+        def keep(module, arguments, output):
+            predicted.setdefault(name, []).append(output.sample)
+
+        return getattr(pipe, name).register_forward_hook(keep)
+
+    hooks = [watch("occupancy_unet"), watch("sparse_unet")]
+    volume = pipe(
+        views,
+        output_type="volume",
+        num_occupancy_steps=3,
+        num_sparse_steps=3,
+        generator=seeded(),
+        callback_on_step_end=stop,
+    ).volumes[0]
+    for hook in hooks:
+        hook.remove()
+    assert len(predicted["occupancy_unet"]) == {"occupancy": 1, "sparse": 3}[stage]
+    assert len(predicted["sparse_unet"]) == 1
+    assert len(volume) == 8 * (predicted["occupancy_unet"][-1] > 0).sum()
+    assert torch.equal(volume.sdf, predicted["sparse_unet"][0][:, 0].clamp(-1, 1) * volume.truncation)
+
+
 @pytest.mark.parametrize(
     "scheduler", [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler]
 )
@@ -161,6 +207,7 @@ def test_views_on_a_plain_background_equal_their_rgba(pipe, views):
         ({"output_type": "np"}, "output_type"),
         ({"num_sparse_steps": 0}, "at least 1"),
         ({"image": [None, None]}, "2 input images for 1"),
+        ({"generator": [torch.Generator(), torch.Generator()]}, "2 generators for 1 samples"),
     ],
 )
 def test_bad_arguments_are_refused(pipe, views, arguments, said):

@@ -20,7 +20,7 @@ from scipy import ndimage
 
 from ..errors import InputError
 from .projection import project_charts
-from .texels import covered_texels
+from .texels import CHUNK, covered_texels
 
 
 logger = logging.getLogger(__name__)
@@ -129,8 +129,12 @@ def texel_samples(atlas: Atlas, texture_size: int) -> tuple[np.ndarray, np.ndarr
     distance, where = ndimage.distance_transform_edt(owner < 0, return_indices=True)
     rows, columns = np.nonzero(distance < 2)
     face_ids = owner[tuple(where[:, rows, columns])]
-    barycentrics = _closest(corners[face_ids], np.stack([columns, rows], -1).astype(np.float64))
-    return face_ids, barycentrics.astype(np.float32), rows * texture_size + columns
+    barycentrics = np.empty((len(face_ids), 3), np.float32)
+    for first in range(0, len(face_ids), CHUNK):
+        piece = slice(first, first + CHUNK)
+        texels = np.stack([columns[piece], rows[piece]], -1).astype(np.float64)
+        barycentrics[piece] = _closest(corners[face_ids[piece]], texels)
+    return face_ids, barycentrics, rows * texture_size + columns
 
 
 def pad_texture(texture: np.ndarray, mask: np.ndarray, iterations: int | None = None) -> np.ndarray:

@@ -9,6 +9,7 @@ import io
 import math
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,9 @@ class Surface:
 def export_mesh(mesh: trimesh.Trimesh, path: str | Path, roughness: float | None = None, unlit: bool = False) -> Path:
     """Write a mesh; an interrupted write leaves no half file under the final name.
 
+    Vertex colours of a GLB are sRGB bytes, as trimesh and most programs of this kind write and read them; a viewer that takes them for
+    linear light, as glTF has it, shows them lighter. A texture leaves no such doubt.
+
     GLB and USDZ hold the texture; OBJ has an `.mtl` and a `.png` of the same name beside it; PLY has vertex colours,
     read off the texture where there is one, and its vertices joined there; STL has neither.
 
@@ -70,7 +74,7 @@ def export_mesh(mesh: trimesh.Trimesh, path: str | Path, roughness: float | None
     if not 0 <= roughness <= 1:
         raise InputError(f"roughness: got {roughness}, expected 0 to 1.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = writer(_bare(mesh), Surface(float(roughness), unlit), re.sub(r"[^\w.-]", "_", path.stem))
+    files = writer(_bare(mesh), Surface(float(roughness), unlit), _plain_name(path))
     for name, data in files.items():  # the mesh itself comes last, so it never names a file that is not there
         target = path if name == "" else path.parent / name
         partial = target.with_name(f".{target.name}.part")
@@ -171,6 +175,15 @@ def _bare(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     smooth = (joined * own).sum(1) > CREASE
     normals = np.where(smooth[:, None], joined, own)
     return trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=normals, visual=mesh.visual.copy(), process=False)
+
+
+def _plain_name(path: Path) -> str:
+    """A name for the files beside an OBJ, which cannot name one with a space; not that of another OBJ's in the folder."""
+    plain = re.sub(r"[^\w.-]", "_", path.stem)
+    taken = any(
+        re.sub(r"[^\w.-]", "_", one.stem) == plain for one in path.parent.glob("*.obj") if one.name != path.name
+    )
+    return f"{plain}-{zlib.crc32(path.name.encode()):08x}" if taken else plain
 
 
 def _texture(mesh: trimesh.Trimesh) -> Image.Image | None:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage, sparse
 from scipy.sparse.linalg import spsolve
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 from .cameras import CameraRig, project
@@ -45,7 +44,8 @@ def fit_outline(volume: SparseVolume, picture: Image.Image, camera: CameraRig) -
         camera: A rig of one.
 
     Returns:
-        The volume on all cells nearer to the new surface than the truncation. Colours of new cells are their nearest old ones'.
+        The volume on its own cells and all that are nearer to the new surface than the truncation. Colours of new cells are
+        their nearest old ones'.
 
     Raises:
         InputError: If the picture shows nothing.
@@ -181,10 +181,19 @@ def _sampled(image: Tensor, uv: Tensor) -> Tensor:
 
 
 def _with_distances(volume: SparseVolume, grid: Tensor) -> SparseVolume:
-    """The volume with other distances, `[X, Y, Z]`."""
-    active = grid.abs() < volume.truncation
-    active[tuple(volume.coords.T)] = True
-    coords = active.nonzero()
-    origin = cKDTree(volume.coords.numpy()).query(coords.numpy())[1]
+    """The volume with other distances, `[X, Y, Z]`, on its own cells and those near the new surface.
+
+    Far from any surface small distances may be no more than what `solid_sdf` made up there, so they do not count.
+    """
+    inside = (grid < 0).numpy()
+    cells = np.where(inside, *(ndimage.distance_transform_edt(side) for side in (inside, ~inside)))  # to the other side
+    near = torch.from_numpy(cells <= volume.truncation * volume.resolution + 1)
+    known = torch.zeros_like(near)
+    known[tuple(volume.coords.T)] = True
+    coords = (known | (near & (grid.abs() < volume.truncation))).nonzero()
+    colors = torch.zeros(*grid.shape, 3, dtype=volume.colors.dtype)
+    colors[tuple(volume.coords.T)] = volume.colors
     x, y, z = coords.unbind(1)
-    return SparseVolume(coords, grid[x, y, z], volume.colors[origin], volume.resolution, volume.truncation)
+    origin = ndimage.distance_transform_edt(~known.numpy(), return_distances=False, return_indices=True)
+    nearest = torch.from_numpy(origin)[:, x, y, z]
+    return SparseVolume(coords, grid[x, y, z], colors[tuple(nearest)], volume.resolution, volume.truncation)

@@ -73,8 +73,9 @@ class ViewBatch:
         """Read feature maps of sample `index` where its cameras see points: `[V, C, h, w]`, `[P, 3]` to `[V, P, C]`; 0 outside."""
         uv, depth = project_points(points, self.world_to_camera[index], self.tan_half_fov[index])
         uv = torch.where(depth[..., None] > 0, uv, 2.0)  # behind a camera is outside its image
-        values = F.grid_sample(maps, uv[:, None].to(maps.dtype), align_corners=False)
-        return values[:, :, 0].mT
+        precise = torch.promote_types(maps.dtype, torch.float32)  # in half precision a place would be half a pixel off
+        values = F.grid_sample(maps.to(precise), uv[:, None].to(precise), align_corners=False)
+        return values[:, :, 0].mT.to(maps.dtype)
 
 
 def views_to_images(views: Tensor) -> Tensor:
@@ -206,8 +207,9 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         maps = self.feature_maps(views)
         if self.config.sparse:
             points = cell_centers(grid.coords[:, 1:], self.config.resolution)
-            pooled = [self.pool(maps, views, points[grid.sample_index == b], b) for b in range(len(views))]
-            levels = [F.relu(self.project(torch.cat(pooled)))]  # rows of a batch's grid are sorted by sample
+            rows = _rows_by_sample(grid)
+            pooled = [self.pool(maps, views, points[index], b) for b, index in enumerate(rows)]
+            levels = [F.relu(self.project(_in_callers_order(pooled, rows)))]
             for down in self.down:
                 levels.append(F.relu(down(levels[-1], grid)))
                 grid = grid.coarser
@@ -295,12 +297,12 @@ def project_pixels(views: ViewBatch, grid: SparseGrid, image_weight: Tensor | No
 
     Args:
         views: `B` samples of `V` views.
-        grid: `N` voxels of those samples, rows sorted by sample.
+        grid: `N` voxels of those samples.
         image_weight: `[B]`, multiplies the validity (0 drops the condition of a sample).
     """
-    colors, directions, valid = [], [], []
-    for b in range(len(views)):
-        points = cell_centers(grid.coords[grid.sample_index == b, 1:], grid.resolution)
+    colors, directions, valid, rows = [], [], [], _rows_by_sample(grid)
+    for b, index in enumerate(rows):
+        points = cell_centers(grid.coords[index, 1:], grid.resolution)
         seen = views.sample(views.images[b], points, b)  # [V, P, 4]; outside an image all are 0
         alpha = ((seen[..., 3] + 1) / 2).clamp(0, 1)
         inside = views.sample(torch.ones_like(views.images[b, :, :1]), points, b)[..., 0]
@@ -311,4 +313,15 @@ def project_pixels(views: ViewBatch, grid: SparseGrid, image_weight: Tensor | No
         colors.append((seen[..., :3] / alpha[..., None].clamp(min=0.1)).clamp(-1, 1).transpose(0, 1))
         directions.append(direction.transpose(0, 1))
         valid.append(alpha.mT if image_weight is None else alpha.mT * image_weight[b])
-    return ProjectedPixels(torch.cat(colors), torch.cat(directions), torch.cat(valid))
+    return ProjectedPixels(*(_in_callers_order(parts, rows) for parts in (colors, directions, valid)))
+
+
+def _rows_by_sample(grid: SparseGrid) -> list[Tensor]:
+    """The rows of each sample's voxels, `[N_b]` indices each."""
+    return [(grid.sample_index == b).nonzero()[:, 0] for b in range(grid.batch_size)]
+
+
+def _in_callers_order(parts: list[Tensor], rows: list[Tensor]) -> Tensor:
+    """What was computed a sample, `[N_b, ...]` each, as rows of the grid; without a copy more where those are sorted by sample."""
+    values, rows = torch.cat(parts), torch.cat(rows)
+    return values if (rows.diff() > 0).all() else values[rows.argsort()]

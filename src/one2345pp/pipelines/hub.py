@@ -129,15 +129,16 @@ class SelfContainedMixin:
         """As diffusers', but a model card of ours is not replaced by a generic one.
 
         Args:
-            card: Model card (a Markdown file). Defaults to the `README.md` of the folder this pipeline was loaded from.
+            card: Model card (a Markdown file). Defaults to the `README.md` of the folder this pipeline was loaded from, if it was.
         """
-        card = (
-            Path(card) if card is not None else Path(getattr(self.config, "_name_or_path", None) or ".") / "README.md"
-        )
+        origin = getattr(self.config, "_name_or_path", None)
+        if card is None and origin:
+            card = Path(origin) / "README.md"
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
-            if card.is_file():
-                (Path(folder) / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+            if card is not None and Path(card).is_file():
+                text = Path(card).read_text(encoding="utf-8")
+                (Path(folder) / "README.md").write_text(text, encoding="utf-8")
             return _upload(self, Path(folder), repo_id, commit_message, private, token, create_pr, subfolder)
 
     @classmethod

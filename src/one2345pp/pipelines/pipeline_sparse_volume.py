@@ -5,7 +5,6 @@ Axes: B samples, V views, N active voxels, X Y Z grid.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import replace_example_docstring
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection, Dinov2Model
@@ -22,7 +20,7 @@ from ..errors import InputError
 from ..geometry.cameras import CameraRig
 from ..geometry.extract import volume_to_mesh
 from ..geometry.volume import SparseVolume
-from ..models.condition_encoder import ConditionEncoder, ViewBatch, patch_features, project_pixels
+from ..models.condition_encoder import ConditionEncoder, ViewBatch, patch_features
 from ..models.sparse import SparseGrid
 from ..models.unet_occupancy import OccupancyUNet3DModel
 from ..models.unet_sparse import SparseUNet3DModel
@@ -30,6 +28,7 @@ from .hub import SelfContainedMixin
 from .multiview_inputs import check_tensor_inputs
 from .pipeline_multiview_tile import composite_on_grey
 from .pipeline_output import SparseVolumePipelineOutput
+from .volume_denoising import VolumeDenoisingMixin
 from .volume_inputs import RGBA, check_kinds, check_normals, check_views, encoder_views
 
 
@@ -46,7 +45,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
+class SparseVolumeDiffusionPipeline(VolumeDenoisingMixin, SelfContainedMixin, DiffusionPipeline):
     r"""Views of one object to its signed distance and colour (One-2-3-45++ section 3.2).
 
     First a dense diffusion draws which coarse cells hold surface; each is subdivided into eight, and a sparse diffusion draws
@@ -144,7 +143,15 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
     # --- steps of a call, in order ------------------------------------------------------------------------------
 
     def check_inputs(
-        self, views, cameras, image, normals, output_type: str, steps: tuple[int, int], tensor_inputs: list[str]
+        self,
+        views,
+        cameras,
+        image,
+        normals,
+        generator,
+        output_type: str,
+        steps: tuple[int, int],
+        tensor_inputs: list[str],
     ) -> tuple[list[list[Image.Image]], list[CameraRig], list[Image.Image] | None, list[list[Image.Image]] | None]:
         """Views, rigs, input images and normals as lists with one entry a sample; raise `InputError` for what cannot be used."""
         if output_type not in ("mesh", "volume", "pt", "latent"):
@@ -156,6 +163,10 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         images = None if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
         if images is not None and len(images) != len(batch):
             raise InputError(f"image: got {len(images)} input images for {len(batch)} samples.")
+        if isinstance(generator, list) and len(generator) != len(batch):
+            raise InputError(
+                f"generator: got {len(generator)} generators for {len(batch)} samples, expected one for each."
+            )
         encoders = (self.occupancy_condition, self.sparse_condition, self.fine_condition)
         needed = any(encoder is not None and encoder.config.view_channels > RGBA for encoder in encoders)
         return batch, rigs, images, check_normals(normals, batch, needed)
@@ -172,7 +183,7 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         size, channels = condition.config.image_size, condition.config.view_channels
         normals = normals if channels > RGBA else None
         batch = encoder_views(views, rigs, size, normals, kinds).to(self._execution_device)
-        if self.patch_encoder is not None:
+        if self.patch_encoder is not None and condition.config.patch_channels:
             batch.patches = patch_features(self.patch_encoder, batch.images)
         return batch
 
@@ -188,31 +199,6 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         pixels = self.feature_extractor_clip(images=pictures, return_tensors="pt").pixel_values
         embeds = self.vision_encoder(pixels.to(device, self.vision_encoder.dtype)).image_embeds
         return F.normalize(embeds.float(), dim=-1).to(self.occupancy_unet.dtype) * embeds.shape[-1] ** 0.5
-
-    def denoise_occupancy(
-        self, views: ViewBatch, vector: Tensor | None, num_steps: int, generator, on_step: Callable | None = None
-    ) -> Tensor:
-        """Draw the shell occupancy, `[B, 1, X, Y, Z]`, about -1 (empty) to 1 (shell)."""
-        unet, scheduler = self.occupancy_unet, self.occupancy_scheduler
-        side, device = unet.config.sample_size, self._execution_device
-        condition = self.occupancy_condition(views)
-        shape = (len(views), unet.config.in_channels, side, side, side)
-        previous = None
-
-        def predict(sample: Tensor, timestep: Tensor) -> Tensor:
-            nonlocal previous
-            feedback = previous if unet.config.self_conditioning else None
-            x0 = unet(sample, timestep, condition, vector, feedback).sample
-            if self.do_classifier_free_guidance:
-                null = [torch.zeros_like(level) for level in condition]
-                no_vector = None if vector is None else torch.zeros_like(vector)
-                base = unet(sample, timestep, null, no_vector, feedback).sample
-                x0 = base + self.guidance_scale * (x0 - base)
-            previous = x0
-            return x0
-
-        noise = randn_tensor(shape, generator=generator, device=device, dtype=unet.dtype)
-        return self._denoise(scheduler, noise, predict, num_steps, generator, on_step)
 
     def subdivide(
         self,
@@ -238,62 +224,6 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
                 "or raise occupancy_level."
             )
         return grid.subdivided()
-
-    def denoise_sparse(
-        self,
-        grid: SparseGrid,
-        views: ViewBatch,
-        vector: Tensor | None,
-        num_steps: int,
-        generator,
-        on_step: Callable | None = None,
-        fine: bool = False,
-    ) -> Tensor:
-        """Draw signed distance (in truncation distances) and colour (in [-1, 1]) on the voxels, `[N, 4]`."""
-        unet = self.fine_unet if fine else self.sparse_unet
-        condition = (self.fine_condition if fine else self.sparse_condition)(views, grid)
-        pixels = project_pixels(views, grid) if unet.config.pixel_channels else None
-        null_pixels = None if pixels is None else pixels._replace(valid=torch.zeros_like(pixels.valid))
-
-        def predict(sample: Tensor, timestep: Tensor) -> Tensor:
-            x0 = unet(sample, timestep, grid, condition, vector, pixels).sample
-            if self.do_classifier_free_guidance:
-                null = [torch.zeros_like(level) for level in condition]
-                no_vector = None if vector is None else torch.zeros_like(vector)
-                base = unet(sample, timestep, grid, null, no_vector, null_pixels).sample
-                x0 = base + self.guidance_scale * (x0 - base)
-            return x0.clamp(-1, 1)
-
-        generators = generator if isinstance(generator, list) else [generator] * grid.batch_size
-        noise = [
-            randn_tensor((int(count), unet.config.in_channels), generator=one, device=grid.device, dtype=unet.dtype)
-            for count, one in zip(grid.counts, generators, strict=True)
-        ]
-        # one generator for the steps: rows of all samples move together
-        step_generator = generator[0] if isinstance(generator, list) else generator
-        return self._denoise(self.sparse_scheduler, torch.cat(noise), predict, num_steps, step_generator, on_step)
-
-    def _denoise(self, scheduler, noise: Tensor, predict: Callable, num_steps: int, generator, on_step) -> Tensor:
-        """The loop of both diffusions: any scheduler whose model predicts the clean sample."""
-        if scheduler.config.prediction_type != "sample":
-            raise InputError(
-                f"{type(scheduler).__name__}: prediction_type is {scheduler.config.prediction_type!r}, expected 'sample'. "
-                "Build it with from_config(..., prediction_type='sample')."
-            )
-        scheduler.set_timesteps(num_steps, device=noise.device)
-        sample = noise * scheduler.init_noise_sigma
-        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
-        with self.progress_bar(total=len(scheduler.timesteps)) as bar:
-            for timestep in scheduler.timesteps:
-                if self.interrupt:
-                    continue
-                x0 = predict(scheduler.scale_model_input(sample, timestep), timestep)
-                sample = scheduler.step(x0, timestep, sample, **extra).prev_sample
-                if on_step is not None:
-                    sample = on_step(timestep, sample)
-                bar.update()
-        return sample
 
     def to_volumes(
         self,
@@ -342,7 +272,8 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
             image (`PIL.Image.Image` or a list, *optional*): The input image, for the global vector.
             num_occupancy_steps, num_sparse_steps (`int`, *optional*): Steps of the two diffusions; `fine_unet` takes the latter.
             guidance_scale (`float`, *optional*): Classifier-free guidance; 1 and less is without.
-            generator (`torch.Generator` or a list, *optional*): Source of every random draw.
+            generator (`torch.Generator` or a list, *optional*): Source of every random draw; a list has one a sample, which then
+                does not depend on the others.
             output_type (`str`, *optional*, defaults to `"mesh"`): `"mesh"`, `"volume"`, `"pt"` (dense volumes
                 `[B, 4, X, Y, Z]`) or `"latent"` (the occupancy alone).
             return_dict (`bool`, *optional*, defaults to `True`): Return an output class instead of a tuple.
@@ -369,7 +300,7 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
         num_sparse_steps = self.config.default_num_sparse_steps if num_sparse_steps is None else num_sparse_steps
         steps, tensor_inputs = (num_occupancy_steps, num_sparse_steps), callback_on_step_end_tensor_inputs
         views, rigs, images, normals = self.check_inputs(
-            views, cameras, image, normals, output_type, steps, tensor_inputs
+            views, cameras, image, normals, generator, output_type, steps, tensor_inputs
         )
         kinds = check_kinds(kinds, views)
         self._guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
@@ -386,12 +317,11 @@ class SparseVolumeDiffusionPipeline(SelfContainedMixin, DiffusionPipeline):
 
         # 2. Encode the conditions, once a sample
         vector = self.encode_image(images, len(views))
-        prepared: dict[
-            tuple[int, int], ViewBatch
-        ] = {}  # encoders that take the same views share them and their patches
+        prepared: dict[tuple, ViewBatch] = {}  # encoders that take the same views share them and their patches
 
         def shown(condition: ConditionEncoder) -> ViewBatch:
-            key = (condition.config.image_size, condition.config.view_channels)
+            config = condition.config
+            key = (config.image_size, config.view_channels, bool(config.patch_channels))
             if key not in prepared:
                 prepared[key] = self.prepare_views(views, rigs, condition, normals, kinds)
             return prepared[key]

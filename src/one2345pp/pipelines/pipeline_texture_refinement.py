@@ -32,6 +32,9 @@ from .pipeline_output import TextureRefinementPipelineOutput
 from .preprocess import key_background
 
 
+BAKED_AT_ONCE = 1 << 16  # texels
+
+
 class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
     r"""Paint a mesh from pictures of it, by fitting a TensoRF colour field to the visible surface and baking it.
 
@@ -324,15 +327,16 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
     ) -> trimesh.Trimesh:
         """Write a texture: the field seen along the surface normal, and the mesh's own colours where no view sees."""
         face_ids, barycentrics, texels = texel_samples(atlas, texture_size)
-        colors = torch.from_numpy(surface_colors(mesh, face_ids, barycentrics)).float()
-        if field is not None:
-            points, normals = _surface(mesh, face_ids, barycentrics)
-            for piece in torch.arange(len(points)).split(65536):
-                painted = field(_in_box(mesh, points[piece]).to(field.device), normals[piece].to(field.device)).cpu()
-                share = self.blend_weight(visibility.confidence(points[piece], normals[piece]))[:, None]
-                colors[piece] = share * painted + (1 - share) * colors[piece]
         texture = np.zeros((texture_size**2, 3), np.uint8)
-        texture[texels] = (colors.clamp(0, 1) * 255).round().byte().numpy()
+        for first in range(0, len(texels), BAKED_AT_ONCE):
+            piece = slice(first, first + BAKED_AT_ONCE)
+            colors = torch.from_numpy(surface_colors(mesh, face_ids[piece], barycentrics[piece])).float()
+            if field is not None:
+                points, normals = _surface(mesh, face_ids[piece], barycentrics[piece])
+                painted = field(_in_box(mesh, points).to(field.device), normals.to(field.device)).cpu()
+                share = self.blend_weight(visibility.confidence(points, normals))[:, None]
+                colors = share * painted + (1 - share) * colors
+            texture[texels[piece]] = (colors.clamp(0, 1) * 255).round().byte().numpy()
         covered = np.zeros(texture_size**2, bool)
         covered[texels] = True
         square = (texture_size, texture_size)

@@ -62,6 +62,8 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         sign_step_threshold: Replace the estimate by its sign while `u` is below this, for occupancy in {-1, 1} (the source uses
             0.7); `None` for never.
         stochastic: Draw from the posterior (ancestral) in each step but the last; if false, follow DDIM's deterministic path.
+        timestep_spacing: `"trailing"`, from pure noise on, and no other. It is here for stock schedulers, which take it over by
+            `from_config`: by their own default some begin at less noisy timesteps, with one step at the clean sample's.
 
     Source: LAS-Diffusion, after Kingma et al., "Variational Diffusion Models"; unlike there, the last step returns the estimate.
     """
@@ -84,7 +86,10 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
         clip_sample: bool = True,
         sign_step_threshold: float | None = None,
         stochastic: bool = True,
+        timestep_spacing: str = "trailing",
     ):
+        if timestep_spacing != "trailing":
+            raise InputError(f"timestep_spacing: got {timestep_spacing!r}, expected 'trailing'.")
         if log_snr_schedule not in LOG_SNR_SCHEDULES:
             raise InputError(
                 f"log_snr_schedule: got {log_snr_schedule!r}, expected one of {', '.join(LOG_SNR_SCHEDULES)}."
@@ -153,6 +158,9 @@ class LogSNRScheduler(SchedulerMixin, ConfigMixin):
             sample: The current noisy sample, any shape.
             generator: Source of the noise; unused when not `stochastic` and in the last step.
             return_dict: Return a `LogSNRSchedulerOutput` instead of a tuple.
+
+        Returns:
+            `LogSNRSchedulerOutput`, or the tuple of its fields; like `sample`.
         """
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device)
         timesteps = self.timesteps.to(sample.device)

@@ -24,7 +24,7 @@ from one2345pp.geometry.picture_fit import fit_picture, stretch
 from one2345pp.geometry.placement import place_picture
 from one2345pp.geometry.render import render
 from one2345pp.geometry.repair import is_solid
-from one2345pp.pipelines import pipeline_one2345plusplus
+from one2345pp.pipelines import candidates
 from one2345pp.pipelines.candidates import best_candidate
 from one2345pp.pipelines.pipeline_one2345plusplus import MULTIVIEW_COMPONENTS, VOLUME_COMPONENTS
 from one2345pp.pipelines.pipeline_output import SparseVolumePipelineOutput
@@ -207,7 +207,7 @@ def test_candidates_are_the_stages_called_again(tiny_chain, picture, monkeypatch
         assert len(solids) == len(views) == 3
         return 1, best_candidate(solids[1:2], views[1:2], *others)[1]
 
-    monkeypatch.setattr(pipeline_one2345plusplus, "best_candidate", second)
+    monkeypatch.setattr(candidates, "best_candidate", second)
     out = tiny_chain(picture, num_candidates=3, refine=False, generator=seeded(3))
     assert len(out.meshes) == len(out.views) == len(out.volumes) == 1
     assert out.coarse_meshes[0].vertices.tobytes() == solids[1].meshes[0].vertices.tobytes()

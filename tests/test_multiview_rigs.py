@@ -100,7 +100,7 @@ def test_a_controlnet_is_told_the_rig(picture):
 
 def test_the_chain_reconstructs_with_the_cameras_of_the_rig(tiny_chain, monkeypatch):
     """Oracle: the rig and label that stage 1 and the volume stage get."""
-    from one2345pp.pipelines import pipeline_one2345plusplus as module
+    from one2345pp.pipelines import candidates as module
 
     tiny_chain.register_modules(unet=components()["unet"])
     tiny_chain.register_to_config(multiview_config={**tiny_chain.config.multiview_config, "rigs": list(RIGS)})

@@ -18,6 +18,41 @@ from .pipeline_output import SparseVolumePipelineOutput
 from .pipeline_sparse_volume import SparseVolumeDiffusionPipeline
 
 
+def reconstruct_best(
+    volume: SparseVolumeDiffusionPipeline,
+    candidates: list[list[Image.Image]],  # [N][V]
+    rig: CameraRig,  # [V]
+    picture: Image.Image,
+    elevation: float | None,
+    *,
+    believe_picture: bool,
+    tell_kinds: bool,
+    **options,
+) -> tuple[SparseVolumePipelineOutput, list[Image.Image], PictureFit]:
+    """Volume and mesh of each candidate's views, and of those the best with its views and its `PictureFit`, see `best_candidate`.
+
+    Args:
+        volume: The volume stage, with the settings for drawn views.
+        candidates: `RGBA` views, as the first stage drew them.
+        rig: Their cameras.
+        picture: What they were drawn of, `RGBA`, square.
+        elevation: Degrees above the horizon from which it looks, if known.
+        believe_picture: Whether a picture of known elevation shapes the volume, see `reconstruct_drawn`.
+        tell_kinds, options: Of `reconstruct_drawn`.
+
+    Raises:
+        InputError: That of the first candidate, if none has a mesh; one that fails does not stop the others.
+    """
+    believed, solids = elevation if believe_picture else None, []
+    for views in candidates:
+        try:
+            solids.append(reconstruct_drawn(volume, views, rig, picture, believed, tell_kinds, **options))
+        except InputError as error:
+            solids.append(error)
+    best, fit = best_candidate(solids, candidates, rig, picture, elevation)
+    return solids[best], candidates[best], fit
+
+
 def reconstruct_drawn(
     volume: SparseVolumeDiffusionPipeline,
     views: list[Image.Image],  # [V]

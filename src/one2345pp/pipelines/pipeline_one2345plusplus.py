@@ -21,7 +21,7 @@ from ..models.condition_encoder import ConditionEncoder
 from ..models.elevation import ElevationEstimator
 from ..models.unet_occupancy import OccupancyUNet3DModel
 from ..models.unet_sparse import SparseUNet3DModel
-from .candidates import best_candidate, reconstruct_drawn
+from .candidates import reconstruct_best
 from .chain_inputs import as_list, check_call
 from .elevations import find_elevations
 from .hub import SelfContainedMixin
@@ -337,38 +337,30 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             for picture, one in tries
         ]
 
-        # 4. Volume and mesh of each; one that fails does not stop the others
+        # 4. Volume and mesh of each; of an object's the one that agrees best with all its pictures, and how its picture looks at it
         volume, kept = self.drawn_volume, []
         for first, picture, one, degrees in zip(
             range(0, len(views), num_candidates), images, generators, elevations, strict=True
         ):
-            tried, solids = views[first : first + num_candidates], []
-            for six in tried:
-                try:
-                    solid = reconstruct_drawn(
-                        volume,
-                        six,
-                        rig,
-                        picture,
-                        degrees if self.config.believe_picture else None,
-                        self.config.tell_kinds,
-                        num_occupancy_steps=num_occupancy_steps,
-                        num_sparse_steps=num_sparse_steps,
-                        generator=one,
-                        callback_on_step_end=callback_on_step_end,
-                    )
-                except InputError as error:
-                    solid = error
-                solids.append(solid)
-
-            # 5. Find how the picture looks at each mesh, and keep the mesh that agrees best with all its pictures
-            best, fit = best_candidate(solids, tried, rig, picture, degrees)
-            kept.append((tried[best], solids[best], fit))
-        views, solids, fits = map(list, zip(*kept, strict=True))
+            best = reconstruct_best(
+                volume,
+                views[first : first + num_candidates],
+                rig,
+                picture,
+                degrees,
+                believe_picture=self.config.believe_picture,
+                tell_kinds=self.config.tell_kinds,
+                num_occupancy_steps=num_occupancy_steps,
+                num_sparse_steps=num_sparse_steps,
+                generator=one,
+                callback_on_step_end=callback_on_step_end,
+            )
+            kept.append(best)
+        solids, views, fits = map(list, zip(*kept, strict=True))
         volumes = [solid.volumes[0] for solid in solids]
         coarse_meshes = [solid.meshes[0] for solid in solids]
 
-        # 6. Refine the texture; the picture is one more view, and the only one that is not a guess
+        # 5. Refine the texture; the picture is one more view, and the only one that is not a guess
         if refine:
             texture = self.texture
             meshes = [
@@ -390,13 +382,13 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
         else:
             meshes = [finish_mesh(mesh, max_faces, watertight) for mesh in coarse_meshes]
 
-        # 7. The front keeps the proportions that a picture of known elevation shows
+        # 6. The front keeps the proportions that a picture of known elevation shows
         meshes = [
             mesh if degrees is None else stretch(mesh, fit.factors)
             for mesh, fit, degrees in zip(meshes, fits, elevations, strict=True)
         ]
 
-        # 8. Output
+        # 7. Output
         self.maybe_free_model_hooks()
         if not return_dict:
             return meshes, views, volumes, coarse_meshes

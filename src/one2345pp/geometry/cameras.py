@@ -124,6 +124,9 @@ class CameraRig:
 
         Returns:
             The rig and the `file_path` of every frame, in the file's order.
+
+        Raises:
+            InputError: If there is no such file, or it does not have that form.
         """
         path = Path(path)
         path = path / "cameras.json" if path.is_dir() else path

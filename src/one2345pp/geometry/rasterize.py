@@ -82,6 +82,9 @@ def rasterize(
         height: Pixels.
         width: Pixels, defaults to `height`.
         rasterizer: `"embree"`, `"nvdiffrast"`, or `"auto"` (Embree, which runs everywhere).
+
+    Raises:
+        InputError: If there is no such rasteriser, or nvdiffrast is not installed.
     """
     width = width or height
     if rasterizer == "nvdiffrast":

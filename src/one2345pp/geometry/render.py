@@ -50,6 +50,9 @@ def render(
 
     Returns:
         `[V, size, size, 4]` uint8, straight alpha, sRGB. Colours of half-covered pixels are those of the covered part.
+
+    Raises:
+        InputError: If there is no such shading or rasteriser.
     """
     if shading not in SHADINGS:
         raise InputError(f"shading: got {shading!r}, expected {', '.join(map(repr, SHADINGS))}.")
@@ -100,7 +103,11 @@ def turntable(
     fps: int = 18,
     shadings: Sequence[str] = ("soft",),
 ) -> None:
-    """Write a turning view of the mesh as `.gif`, or as `.mp4` (needs the `[video]` extra); several shadings lie side by side."""
+    """Write a turning view of the mesh as `.gif`, or as `.mp4` (needs the `[video]` extra); several shadings lie side by side.
+
+    Raises:
+        InputError: If the suffix is another one, or `.mp4` cannot be written here.
+    """
     path = Path(path)
     pictures = []
     for view in np.concatenate([render(mesh, orbit(frames), size, shading=shading) for shading in shadings], 2):

@@ -76,7 +76,7 @@ class SparseVolume:
 
     @classmethod
     def load(cls, path: str | Path) -> SparseVolume:
-        """Read what `save` wrote."""
+        """Read what `save` wrote; `InputError` if the file is another kind of safetensors."""
         from safetensors import safe_open
 
         with safe_open(str(path), framework="pt") as file:

@@ -81,7 +81,7 @@ class ColorField(ModelMixin, ConfigMixin):
         """Colours of points.
 
         Args:
-            points: World points, `[P, 3]`, in [-0.5, 0.5]; points beyond take the border's value.
+            points: `[P, 3]`, in the cube [-0.5, 0.5]^3 that the field fills; points beyond take the border's value.
             directions: Unit vectors from the surface towards the eye, `[P, 3]`.
 
         Returns:

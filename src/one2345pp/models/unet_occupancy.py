@@ -154,6 +154,9 @@ class OccupancyUNet3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             global_vector: `[B, G]`, or `None`.
             self_condition: The last prediction, like `sample`; `None` for none yet (zeros).
             return_dict: Whether to return an `OccupancyUNet3DOutput` or a tuple.
+
+        Returns:
+            The estimate of the clean sample, like `sample`.
         """
         timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         if self.config.self_conditioning:

@@ -308,6 +308,9 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
 
         Returns:
             [`MultiViewTilePipelineOutput`]: tiles in `images`, their views in `views`.
+
+        Raises:
+            InputError: If an argument cannot be used.
         """
         # 1. Check inputs
         config = self.config

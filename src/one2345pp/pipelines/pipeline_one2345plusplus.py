@@ -270,7 +270,7 @@ class One2345PlusPlusPipeline(SelfContainedMixin, DiffusionPipeline, StableDiffu
             elevation (`float` or a list, *optional*): Degrees above the horizon (-90 to 90) from which the image looks, or each
                 does; by default what the elevation estimator finds, if there is one. Then the image itself is one more view for the
                 volume; for the texture it always is, from where the mesh looks most like it.
-            generator (`torch.Generator` or a list, *optional*): Source of every random draw; a list has one an object.
+            generator (`torch.Generator` or a list, *optional*): Source of every random draw, on the CPU; a list has one an object.
             return_dict (`bool`, defaults to `True`): Return an output class instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(stage, step, timestep, tensors)` in every
                 diffusion step of the views and of the volume, with `latents`, and of the texture, with its `loss`.

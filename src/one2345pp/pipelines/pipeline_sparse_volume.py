@@ -65,7 +65,8 @@ class SparseVolumeDiffusionPipeline(VolumeDenoisingMixin, SelfContainedMixin, Di
         fine_condition ([`ConditionEncoder`], *optional*), fine_unet ([`SparseUNet3DModel`], *optional*): The same as
             `sparse_condition` and `sparse_unet` at twice the resolution, on the children of the voxels near the surface.
         truncation (`float`): Largest signed distance of the volume, in world units; half of it after `fine_unet`.
-        occupancy_level (`float`): Cells above it are subdivided; below 0 surfaces get fewer holes, for more voxels.
+        occupancy_level (`float`): Cells above it are subdivided; below 0 surfaces get fewer holes, for more voxels. Without effect
+            where a sign step has made all cells -1 or 1.
         fine_level (`float`): Voxels nearer to the surface are subdivided for `fine_unet`, in truncation distances.
         surface_level (`float`): Predicted distance, in truncation distances, that is taken for the surface; above 0 what is drawn
             gets thicker, which weights that draw too thin need.

@@ -143,6 +143,9 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
 
         Returns:
             Meshes with UVs and a base colour texture, in the same frame and places.
+
+        Raises:
+            InputError: If the meshes, views, cameras or numbers cannot be used, or a mesh cannot be closed or decimated as asked.
         """
         steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         texture_size = texture_size or self.config.default_texture_size

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..geometry.cameras import CameraRig
 from ..geometry.framing import frame_object
 from .cutout import key, plain_background
+from .tiles import COLUMNS, ROWS
 
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
     "split_tile",
 ]
 
-TILE_ROWS, TILE_COLUMNS = 3, 2
 BACKGROUNDS = ("auto", "alpha", "key", "rembg")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -189,24 +189,24 @@ def key_background(view: Image.Image, background: tuple[int, int, int] = (127, 1
 
 def split_tile(tile: Image.Image) -> list[Image.Image]:
     """Cut a tile, 3 rows by 2 columns of square views, into its six views, row-major."""
-    side = tile.width // TILE_COLUMNS
-    if tile.size != (side * TILE_COLUMNS, side * TILE_ROWS) or side == 0:
+    side = tile.width // COLUMNS
+    if tile.size != (side * COLUMNS, side * ROWS) or side == 0:
         raise InputError(
             f"tile: is {_size(tile)} pixels, expected 3 rows by 2 columns of square views, such as 640x960."
         )
-    corners = [(column * side, row * side) for row in range(TILE_ROWS) for column in range(TILE_COLUMNS)]
+    corners = [(column * side, row * side) for row in range(ROWS) for column in range(COLUMNS)]
     return [tile.crop((x, y, x + side, y + side)) for x, y in corners]
 
 
 def make_tile(views: list[Image.Image]) -> Image.Image:
     """Six square views of one size as a tile; `split_tile` undoes it."""
-    count, side = TILE_ROWS * TILE_COLUMNS, views[0].width if views else 0
+    count, side = ROWS * COLUMNS, views[0].width if views else 0
     if len(views) != count or any(view.size != (side, side) for view in views):
         sizes = ", ".join(_size(view) for view in views)
         raise InputError(f"views: got {len(views)} ({sizes}), expected {count} square views of one size.")
-    tile = Image.new(views[0].mode, (side * TILE_COLUMNS, side * TILE_ROWS))
+    tile = Image.new(views[0].mode, (side * COLUMNS, side * ROWS))
     for index, view in enumerate(views):
-        row, column = divmod(index, TILE_COLUMNS)
+        row, column = divmod(index, COLUMNS)
         tile.paste(view, (column * side, row * side))
     return tile
 

@@ -18,7 +18,7 @@ from one2345pp.errors import InputError
 from one2345pp.geometry import atlas as atlas_module
 from one2345pp.geometry import xatlas_child
 from one2345pp.geometry.atlas import pad_texture, texel_samples, unwrap
-from one2345pp.geometry.export import export_mesh
+from one2345pp.geometry.export import companions, export_mesh
 from one2345pp.geometry.mesh import load_mesh, surface_colors
 from one2345pp.geometry.texels import covered_texels
 
@@ -274,8 +274,9 @@ def test_the_same_mesh_gives_the_same_bytes(textured, tmp_path, suffix):
 
 def test_obj_parts_are_named_after_it_and_spaces_do_no_harm(textured, tmp_path):
     path = export_mesh(textured, tmp_path / "my mug.obj")
-    assert {p.name for p in tmp_path.iterdir()} == {"my mug.obj", "my_mug.mtl", "my_mug.png"}
-    assert "map_Kd my_mug.png" in (tmp_path / "my_mug.mtl").read_text()
+    assert {p.name for p in tmp_path.iterdir()} == {"my mug.obj", "my_mug.mtl", "my_mug_texture.png"}
+    assert {path, *companions(path)} == set(tmp_path.iterdir())
+    assert "map_Kd my_mug_texture.png" in (tmp_path / "my_mug.mtl").read_text()
     assert load_mesh(path).visual.kind == "texture"
 
 

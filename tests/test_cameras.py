@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,3 +97,16 @@ def test_unusable_files_are_refused_with_what_is_wrong(tmp_path, content, said):
 def test_unknown_rig_lists_the_known_ones():
     with pytest.raises(InputError, match="zero123plus-v1.2"):
         CameraRig.named("zero123")
+
+
+def test_rigs_compare_by_their_cameras_and_take_any_integer():
+    rig = CameraRig.named("zero123plus-v1.2")
+    assert rig == CameraRig(rig.camera_to_world, rig.fov) and rig in [rig[:1], rig[:]]
+    assert rig != CameraRig.named("zero123plus-v1.1") and rig != rig[:5] and rig != "zero123plus-v1.2"
+    assert rig[np.int64(2)] == rig[2] and len(rig[np.int64(2)]) == 1
+
+
+@pytest.mark.parametrize("cameras", [torch.eye(4), [CameraRig.named("zero123plus-v1.2")], None])
+def test_what_is_no_rig_is_refused(cameras):
+    with pytest.raises(InputError, match="cameras: got .*expected a CameraRig"):
+        CameraRig.of(cameras)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from one2345pp import CameraRig, cli
 from one2345pp.data.shapes import shape
+from one2345pp.errors import InputError
 from one2345pp.geometry.mesh import load_mesh
 from one2345pp.geometry.render import render
 from one2345pp.geometry.repair import is_solid
@@ -112,6 +113,26 @@ def test_plan_gives_every_input_its_own_names(tmp_path):
     assert [job.intermediates.name for job in jobs] == ["mug", "mug-2", "cat"]
     (single,) = plan(sources[:1], tmp_path / "x.OBJ", tmp_path / "sheet.gif")
     assert (single.mesh.name, single.preview.name, single.intermediates) == ("x.OBJ", "sheet.gif", None)
+
+
+def test_nothing_that_is_read_is_written_over(tmp_path):
+    """Inputs, files of input folders, two outputs of one name: refused before anything is made. A picture's OBJ may lie beside it."""
+    picture, photos = tmp_path / "mug.png", tmp_path / "photos"
+    (photos / "views").mkdir(parents=True)
+    for file in (picture, photos / "views" / "000.png", photos / "cameras.json"):
+        file.touch()
+    before = set(tmp_path.rglob("*"))
+    for call, name in (
+        (lambda: plan([picture], tmp_path / "a.glb", picture), "mug.png: is an input"),
+        (lambda: plan([photos], tmp_path / "a.glb", None, photos), "cameras.json: is an input"),
+        (lambda: plan([picture], tmp_path / "new" / "..", None, photos, inputs=[photos]), "cameras.json: is an input"),
+        (lambda: plan([photos / "coarse.ply"], tmp_path / "a.obj", tmp_path / "a_texture.png"), "two outputs"),
+    ):
+        with pytest.raises(InputError, match=name):
+            call()
+    assert set(tmp_path.rglob("*")) == before
+    (job,) = plan([picture], tmp_path / "mug.obj", tmp_path / "mug.gif")
+    assert picture not in job.files() and len(set(job.files())) == 4
 
 
 def test_info(capsys):

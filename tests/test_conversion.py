@@ -226,6 +226,18 @@ def test_folders_of_older_versions_are_read(place):
     assert_same(load_file("new.safetensors"), load_file("old.safetensors"))
 
 
+def test_a_setting_that_is_a_list_of_two_is_no_component(place, tmp_path):
+    """A first stage that knows two rigs: its index has their names where components have library and class."""
+    parts = multiview_components()
+    parts["unet"] = UNet2DConditionModel.from_config(parts["unet"].config, num_class_embeds=2)
+    rigs = ["zero123plus-v1.2", "zero123plus-v1.1"]
+    MultiViewTilePipeline(**parts, view_size=16, rigs=rigs).save_pretrained("two")
+    assert "rigs" not in Folder.open("two").components
+    assert convert("to-single-file two -o two.safetensors") == (0, "")
+    assert convert("single-file two.safetensors -o back") == (0, "")
+    assert MultiViewTilePipeline.from_pretrained("back").rigs == rigs
+
+
 # --- one file -------------------------------------------------------------------------------------------------------
 
 

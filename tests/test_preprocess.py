@@ -107,9 +107,16 @@ def test_open_image_turns_by_exif(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6
     image.save(tmp_path / "x.png", exif=exif)
-    turned = np.asarray(open_image(tmp_path / "x.png"))
-    assert turned.shape == (40, 20, 3)
-    assert turned[0, 10, 1] < 100 < turned[-1, 10, 1]
+    for source in (tmp_path / "x.png", Image.open(tmp_path / "x.png"), open_image(tmp_path / "x.png")):
+        turned = np.asarray(open_image(source))
+        assert turned.shape == (40, 20, 3)
+        assert turned[0, 10, 1] < 100 < turned[-1, 10, 1]
+
+
+@pytest.mark.parametrize("image", [np.zeros((8, 8, 3), np.uint8), None, 5])
+def test_what_is_no_picture_is_refused(image):
+    with pytest.raises(InputError, match="image: got .*expected a PIL image or a file"):
+        open_image(image)
 
 
 def test_open_image_refuses_in_words(tmp_path, monkeypatch):

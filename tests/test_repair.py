@@ -156,6 +156,21 @@ def test_a_closed_mesh_that_decimation_opens_is_named(monkeypatch, caplog):
     assert not small.is_watertight and "was closed and has holes at" in caplog.text
 
 
+def test_fewer_faces_than_asked_for_will_do(monkeypatch, caplog):
+    """Oracle: a collapse that cannot come closer than 8 below the budget; nothing is refused, the most there can be is kept."""
+    collapsed, targets = repair._collapsed, []
+
+    def coarse(mesh, target, aggressiveness):
+        targets.append(target)
+        return collapsed(mesh, 492 - 20 * len(targets), aggressiveness)
+
+    monkeypatch.setattr(repair, "_collapsed", coarse)
+    with caplog.at_level(logging.WARNING):
+        small = decimate(colored_ball(3), 500)
+    assert len(targets) > 1 and 460 <= len(small.faces) <= 472
+    assert "faces instead of 500" in caplog.text
+
+
 def test_decimate_refuses_budgets_below_a_tetrahedron():
     with pytest.raises(InputError, match="at least 4"):
         decimate(trimesh.creation.box(), 3)

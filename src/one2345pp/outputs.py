@@ -39,6 +39,16 @@ class Job:
     unlit: bool = False
     shadings: Sequence[str] = ("soft",)
 
+    def files(self) -> list[Path]:
+        """All that is written, or written over."""
+        from .geometry.export import companions
+
+        files = [self.mesh, *companions(self.mesh), *([] if self.preview is None else [self.preview])]
+        if self.intermediates is not None:
+            files += [self.intermediates / name for name in ("cameras.json", "volume.safetensors", "coarse.ply")]
+            files += (self.intermediates / "views").glob("*")
+        return files
+
     def write(
         self,
         mesh: trimesh.Trimesh,
@@ -64,8 +74,15 @@ def plan(
     intermediates: Path | None = None,
     unlit: bool = False,
     shadings: Sequence[str] | None = None,
+    inputs: Sequence[Path] = (),
 ) -> list[Job]:
-    """Where every output goes; refuses what could not be written, before any work."""
+    """Where every output goes; refuses what could not be written, and what would be written over, before any work.
+
+    Args:
+        sources: Inputs that an output is made of each.
+        output, preview, intermediates, unlit, shadings: As the options say.
+        inputs: What is read beside the sources, files and folders of files.
+    """
     many = len(sources) > 1
     to_file = output.suffix != "" and not output.is_dir()
     if to_file and output.suffix.lower() not in MESH_SUFFIXES:
@@ -88,8 +105,7 @@ def plan(
         check_file(output, "-o")
     else:
         check_folder(output, "-o")
-        output.mkdir(parents=True, exist_ok=True)
-    return [
+    jobs = [
         Job(
             source,
             output if to_file else output / f"{stem}.glb",
@@ -100,6 +116,23 @@ def plan(
         )
         for source, stem in zip(sources, _distinct_stems(sources), strict=True)
     ]
+    _check_overwriting(jobs, [*sources, *inputs])
+    if not to_file:
+        output.mkdir(parents=True, exist_ok=True)
+    return jobs
+
+
+def _check_overwriting(jobs: list[Job], inputs: list[Path]) -> None:
+    """Refuse outputs that are inputs, or each other."""
+    read = {file.resolve() for one in inputs for file in (one, *one.glob("*"), *one.glob("*/*")) if file.is_file()}
+    written: set[Path] = set()
+    for file in (file for job in jobs for file in job.files()):
+        place = file.resolve()
+        if place in read:
+            raise InputError(f"{file}: is an input, and would be written over. Choose another name or folder.")
+        if place in written:
+            raise InputError(f"{file}: two outputs have this name. Choose another for one of them.")
+        written.add(place)
 
 
 def _distinct_stems(sources: list[Path]) -> list[str]:
@@ -182,7 +215,9 @@ def _write_intermediates(folder: Path, views, rig, volume, coarse) -> None:
     (folder / "views").mkdir(parents=True, exist_ok=True)
     names = [f"views/{index:03d}.png" for index in range(len(views))]
     for name, view in zip(names, views, strict=True):
-        view.save(folder / name)
+        partial = folder / f"{name}.part"
+        view.save(partial, format="PNG")
+        partial.replace(folder / name)
     rig.save(folder / "cameras.json", names)
     volume.save(folder / "volume.safetensors")
     export_mesh(coarse, folder / "coarse.ply")

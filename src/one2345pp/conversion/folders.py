@@ -18,6 +18,7 @@ from torch import nn
 import one2345pp
 
 from ..errors import InputError
+from ..pipelines.hub import names_class
 from .weights import empty_model, load_model, read_checkpoint_json
 
 
@@ -67,11 +68,7 @@ class Folder:
     @property
     def components(self) -> list[str]:
         """Names of what the index says is there."""
-        return [
-            name
-            for name, entry in self.index.items()
-            if isinstance(entry, list) and len(entry) == 2 and None not in entry and not name.startswith("_")
-        ]
+        return [name for name, entry in self.index.items() if names_class(entry) and not name.startswith("_")]
 
     @property
     def models(self) -> dict[str, type[nn.Module]]:

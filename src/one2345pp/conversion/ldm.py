@@ -115,7 +115,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def unet_to_ldm(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
     """The UNet. Input block 0 is the first convolution; every further block is one layer, or one change of size."""
-    outer = DIFFUSERS_TO_LDM_MAPPING["unet"]["layers"]
+    outer = DIFFUSERS_TO_LDM_MAPPING["unet"]["layers"] | {"class_embedding.weight": "label_emb.weight"}
     attended = {key.split(".")[1] for key in weights if key.startswith("up_blocks.") and ".attentions." in key}
 
     def rename(key: str) -> str:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ NAMED_RIGS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CameraRig:
     """`V` pinhole cameras with square images and centred principal points.
 
@@ -42,7 +43,7 @@ class CameraRig:
 
     camera_to_world: Tensor  # [V, 4, 4]
     fov: Tensor  # [V] radians
-    name: str | None = field(default=None, compare=False)
+    name: str | None = None
 
     def __post_init__(self):
         poses = torch.as_tensor(self.camera_to_world, dtype=torch.float32)
@@ -106,6 +107,11 @@ class CameraRig:
     @classmethod
     def of(cls, rig: CameraRig | str) -> CameraRig:
         """A rig as it is, or by its name."""
+        if not isinstance(rig, CameraRig | str):
+            raise InputError(
+                f"cameras: got {type(rig).__name__}, expected a CameraRig, or the name of one of {', '.join(NAMED_RIGS)}. "
+                "CameraRig(camera_to_world, fov) makes one of matrices."
+            )
         return rig if isinstance(rig, CameraRig) else cls.named(rig)
 
     @classmethod
@@ -179,9 +185,16 @@ class CameraRig:
     def __len__(self) -> int:
         return len(self.camera_to_world)
 
+    def __eq__(self, other) -> bool:
+        """The same cameras in the same order, whatever they are called."""
+        if not isinstance(other, CameraRig):
+            return NotImplemented
+        here = other.to(self.fov.device)
+        return torch.equal(self.camera_to_world, here.camera_to_world) and torch.equal(self.fov, here.fov)
+
     def __getitem__(self, index) -> CameraRig:
         """The cameras at `index` (an int, slice or list), as a rig."""
-        index = [index] if isinstance(index, int) else index
+        index = [int(index)] if isinstance(index, Integral) else index
         return CameraRig(self.camera_to_world[index], self.fov[index])
 
     def to(self, device) -> CameraRig:

@@ -44,7 +44,7 @@ def export_mesh(mesh: trimesh.Trimesh, path: str | Path, roughness: float | None
     Vertex colours of a GLB are sRGB bytes, as trimesh and most programs of this kind write and read them; a viewer that takes them for
     linear light, as glTF has it, shows them lighter. A texture leaves no such doubt.
 
-    GLB and USDZ hold the texture; OBJ has an `.mtl` and a `.png` of the same name beside it; PLY has vertex colours,
+    GLB and USDZ hold the texture; OBJ has an `.mtl` and its texture beside it, see `companions`; PLY has vertex colours,
     read off the texture where there is one, and its vertices joined there; STL has neither.
 
     Args:
@@ -112,7 +112,8 @@ def _obj(mesh: trimesh.Trimesh, surface: Surface, stem: str) -> dict[str, bytes]
     if material is not None:
         simple = material.to_simple() if hasattr(material, "to_simple") else material
         black, white = np.array([[0, 0, 0, 255], [255, 255, 255, 255]], np.uint8)
-        simple.name, simple.ambient, simple.specular = stem, black, black
+        # trimesh names the picture by the material, and a picture by the mesh's own name may be what the mesh was made from
+        simple.name, simple.ambient, simple.specular = f"{stem}_texture", black, black
         if simple.image is not None:
             simple.diffuse = white  # viewers multiply it with the texture
         mesh.visual.material = simple
@@ -175,6 +176,15 @@ def _bare(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     smooth = (joined * own).sum(1) > CREASE
     normals = np.where(smooth[:, None], joined, own)
     return trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=normals, visual=mesh.visual.copy(), process=False)
+
+
+def companions(path: str | Path) -> list[Path]:
+    """The files that an OBJ at `path` has beside it; none for other formats."""
+    path = Path(path)
+    if path.suffix.lower() != ".obj":
+        return []
+    stem = _plain_name(path)
+    return [path.with_name(f"{stem}.mtl"), path.with_name(f"{stem}_texture.png")]
 
 
 def _plain_name(path: Path) -> str:

@@ -148,7 +148,8 @@ def keep_components(mesh: trimesh.Trimesh, min_share: float = 0.01) -> trimesh.T
 
 
 def decimate(mesh: trimesh.Trimesh, faces: int) -> trimesh.Trimesh:
-    """At most `faces` faces by quadric edge collapse, and no more than 1% (or 2) fewer; closed meshes stay closed if they can.
+    """At most `faces` faces by quadric edge collapse, and no more than 1% (or 2) fewer if that can be; closed meshes stay closed if
+    they can.
 
     Vertex colours are carried over from the original surface. A mesh within the budget is returned as it is.
 
@@ -163,15 +164,20 @@ def decimate(mesh: trimesh.Trimesh, faces: int) -> trimesh.Trimesh:
     reached, target = len(whole.faces), faces
     if reached <= faces:
         return whole
-    best = None
+    best, fewer = None, None
     for aggressiveness in (5.0, 7.0, 7.0, 10.0, 20.0):  # gentle first
         out = _collapsed(whole, target, aggressiveness)
         reached = len(out.faces)
         target += max(faces - reached, 0)  # faces that vanished after the collapse
+        if reached <= faces and (fewer is None or reached > len(fewer.faces)):
+            fewer = out
         if min(0.99 * faces, faces - 2) <= reached <= faces:
             best = out if best is None or out.is_watertight else best
             if best.is_watertight or not whole.is_watertight:
                 break
+    if best is None and fewer is not None and len(fewer.faces) >= 4:
+        best = fewer
+        logger.warning("decimate: %d faces instead of %d, of the fewer that there can be.", len(best.faces), faces)
     if best is None:
         raise InputError(
             f"mesh: its {len(mesh.faces)} faces cannot be simplified to {faces}, only to {reached}: "

@@ -51,6 +51,14 @@ def __getattr__(name: str):
     return getattr(one2345pp, name)
 
 
+def names_class(entry) -> bool:
+    """Whether a value of `model_index.json` is a component, `[library, class]`, and not a setting that is a list of two."""
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
+        return False
+    library, class_name = entry
+    return class_name.isidentifier() and all(part.isidentifier() for part in library.split("."))
+
+
 class SelfContainedMixin:
     """For subclasses of `DiffusionPipeline`: saved folders load in any diffusers program that has this package installed.
 
@@ -149,7 +157,7 @@ class SelfContainedMixin:
         index.pop("_name_or_path", None)  # where it was loaded from is nobody else's business
         imports = []
         for name, entry in index.items():
-            if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
+            if not names_class(entry):
                 continue
             module, class_name = entry
             for config in (

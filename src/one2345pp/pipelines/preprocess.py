@@ -41,7 +41,7 @@ def open_image(image: str | Path | Image.Image) -> Image.Image:
     """Read a picture of any kind as 8-bit sRGB, upright.
 
     Args:
-        image: A file, or a picture that is already open (then only its mode is mended).
+        image: A file, or a picture that is already open.
 
     Returns:
         `RGBA` if the picture has transparency, else `RGB`. Of an animation, the first frame.
@@ -50,7 +50,11 @@ def open_image(image: str | Path | Image.Image) -> Image.Image:
         InputError: If the file is missing, is not a picture, is damaged, or has more than about 178 million pixels.
     """
     if isinstance(image, Image.Image):
-        return _to_rgb_or_rgba(image, "image")
+        return _to_rgb_or_rgba(ImageOps.exif_transpose(image), "image")
+    if not isinstance(image, str | Path):
+        raise InputError(
+            f"image: got {type(image).__name__}, expected a PIL image or a file. PIL.Image.fromarray makes one."
+        )
     path = Path(image)
     if not path.is_file():
         raise InputError(f"{path}: {'is a folder, not a picture' if path.is_dir() else 'no such file'}.")

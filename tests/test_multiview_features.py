@@ -6,10 +6,17 @@ import pytest
 import torch
 from conftest import build_multiview
 from diffusers import TorchAoConfig
+from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.quantizers import PipelineQuantizationConfig
 from PIL import Image
 
-from one2345pp import InputError, MultiViewTilePipeline, One2345PlusPlusPipeline
+from one2345pp import (
+    InputError,
+    MultiViewTilePipeline,
+    One2345PlusPlusPipeline,
+    SparseVolumeDiffusionPipeline,
+    TextureRefinementPipeline,
+)
 
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
@@ -86,6 +93,32 @@ def test_from_pipe_shares_the_parts(pipe, tiny_chain, base):
         MultiViewTilePipeline.from_pipe(tiny_chain.multiview, rig="zero123plus-v1.1").config.rig == "zero123plus-v1.1"
     )
     assert One2345PlusPlusPipeline.from_pipe(tiny_chain).occupancy_unet is tiny_chain.occupancy_unet
+
+
+def test_from_pipe_takes_a_stage_out_of_a_chain(tiny_chain):
+    """With the settings that the chain has for it, not the defaults of its class."""
+    for cls, stage in (
+        (MultiViewTilePipeline, tiny_chain.multiview),
+        (SparseVolumeDiffusionPipeline, tiny_chain.volume),
+        (TextureRefinementPipeline, tiny_chain.texture),
+    ):
+        taken = cls.from_pipe(tiny_chain)
+        assert type(taken) is cls and taken.config == stage.config
+        assert all(getattr(taken, name) is part for name, part in stage.components.items())
+
+
+def test_diffusers_own_callback_ends_guidance(pipe):
+    """Oracle: guidance in a share of the steps. The callback asks for the texts and leaves those of one branch."""
+
+    def draw_one(**options):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(
+            PICTURE, num_inference_steps=4, guidance_scale=3.0, generator=generator, output_type="latent", **options
+        ).images
+
+    cut = draw_one(callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1))
+    torch.testing.assert_close(cut, draw_one(guidance_interval=(0.0, 0.5)))
+    assert not torch.allclose(cut, draw_one(), atol=1e-3)
 
 
 def test_quantised_unet(pipe, base, tmp_path):

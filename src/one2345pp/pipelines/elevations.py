@@ -46,9 +46,9 @@ def find_elevations(
     unknown = [index for index, degrees in enumerate(told) if degrees is None]
     if estimator is None or not unknown:
         return told
-    framed = [np.asarray(frame_object(pictures[index], estimator.config.image_size)) for index in unknown]
-    found = estimator.estimate(torch.from_numpy(np.stack(framed)).to(device).movedim(-1, 1).float() / 255)
-    for index, degrees in zip(unknown, found.tolist(), strict=True):
+    for index in unknown:  # one by one, so that a picture's does not depend on the others, not in the last bit
+        framed = torch.from_numpy(np.array(frame_object(pictures[index], estimator.config.image_size)))
+        degrees = estimator.estimate(framed[None].to(device).movedim(-1, 1).float() / 255).item()
         logger.info("picture %d: looks from about %.0f degrees above the horizon", index + 1, degrees)
         told[index] = degrees
     return told

@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import create_repo
+from torch import nn
 
 import one2345pp
 
@@ -26,6 +27,7 @@ from ..errors import InputError
 __all__ = ["DiffusionPipeline", "ModelMixin", "SchedulerMixin", "SelfContainedMixin"]
 
 PACKAGE = "one2345pp"
+ALIGNMENT = 64  # bytes, of what PyTorch itself lays out on a CPU
 
 COMPONENT_SHIM = '''"""Stands for {class_name} of the installed package one2345pp (pip install one2345pp)."""
 
@@ -51,6 +53,17 @@ def __getattr__(name: str):
     return getattr(one2345pp, name)
 
 
+def _align(model: nn.Module) -> None:
+    """Copy weights that lie at odd places of memory, as those mapped from a file do.
+
+    Kernels of a CPU round otherwise there, so that the same weights from another file would make another mesh.
+    """
+    for weight in (*model.parameters(), *model.buffers()):
+        plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.device.type == "cpu"
+        if plain and weight.is_floating_point() and weight.data_ptr() % ALIGNMENT:
+            weight.data = weight.data.clone()
+
+
 def names_class(entry) -> bool:
     """Whether a value of `model_index.json` is a component, `[library, class]`, and not a setting that is a list of two."""
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
@@ -73,6 +86,19 @@ class SelfContainedMixin:
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)
         return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+        """As `DiffusionPipeline.from_pipe`. The class of a stage takes it out of a chain, with the chain's settings for it."""
+        stages = (getattr(pipeline, name, None) for name in ("multiview", "volume", "texture"))
+        return super().from_pipe(next((stage for stage in stages if type(stage) is cls), pipeline), **kwargs)
+
+    def register_modules(self, **kwargs) -> None:
+        """As `DiffusionPipeline.register_modules`, with weights where a CPU multiplies them alike, whichever file they are from."""
+        for part in kwargs.values():
+            if isinstance(part, nn.Module):
+                _align(part)
+        super().register_modules(**kwargs)
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | Path, **kwargs):

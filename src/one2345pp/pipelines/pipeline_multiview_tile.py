@@ -210,7 +210,7 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
         """
         timestep = self.scheduler.timesteps[step]
         first = step % self._reuse_interval == 0
-        guided = self._guided_steps[step]
+        guided = self._guided_steps[step] and self._guidance_scale > 1  # a callback may have ended it
         both = guided and (first or self._direction is None)
         if not both:  # the negative branch is first
             context, reference = context[-len(latents) :], reference[-len(latents) :]
@@ -293,7 +293,8 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (NHWC), `"pt"` (NCHW), both in [0, 1], or `"latent"`.
             return_dict (`bool`, defaults to `True`): Return an output class instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)` after each step.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Tensors for the callback, `["latents"]` by default.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Tensors for the callback; those that it names itself, as
+                diffusers' `PipelineCallback`s do, or `["latents"]`, by default.
             cross_attention_kwargs (`dict`, *optional*): For the attention processors; `scale` is that of a LoRA.
             controlnet_conditioning_scale (`float` or a list, defaults to 1.0): Weight of the ControlNet, or of each.
             control_guidance_start, control_guidance_end (`float` or lists): Share of the steps in which it acts.
@@ -322,7 +323,9 @@ class MultiViewTilePipeline(SelfContainedMixin, ContextMixin, DiffusionPipeline,
         width = COLUMNS * config.view_size if width is None else width
         if num_inference_steps is None:
             num_inference_steps = config.default_num_inference_steps
-        names = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        names = callback_on_step_end_tensor_inputs
+        if names is None:  # diffusers' own callbacks say what they need
+            names = getattr(callback_on_step_end, "tensor_inputs", ["latents"])
         multiview_inputs.check_images(images)
         multiview_inputs.check_counts(
             num_inference_steps=num_inference_steps,

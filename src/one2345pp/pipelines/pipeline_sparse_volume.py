@@ -35,10 +35,10 @@ from .volume_inputs import RGBA, check_kinds, check_normals, check_views, encode
 EXAMPLE_DOC_STRING = """
     Examples:
         ```py
-        >>> from one2345pp import SparseVolumeDiffusionPipeline, default_checkpoint
+        >>> from one2345pp import One2345PlusPlusPipeline, default_checkpoint
         >>> from one2345pp.pipelines.preprocess import load_views
 
-        >>> pipe = SparseVolumeDiffusionPipeline.from_pretrained(default_checkpoint())
+        >>> pipe = One2345PlusPlusPipeline.from_pretrained(default_checkpoint()).volume
         >>> views, rig = load_views("views/")  # a folder with cameras.json
         >>> pipe(views, cameras=rig).meshes[0].export("object.ply")
         ```

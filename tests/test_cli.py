@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import sys
 
 import numpy as np
@@ -17,6 +18,7 @@ from one2345pp.geometry.render import render
 from one2345pp.geometry.repair import is_solid
 from one2345pp.outputs import MESH_SUFFIXES, plan
 from one2345pp.pipelines import preprocess
+from one2345pp.pipelines.pipeline_texture_refinement import TEXTURE_SIZES
 
 
 FAST = "--steps 1 --occupancy-steps 2 --sparse-steps 1 --texture-steps 2 --texture-size 64 --faces 400"
@@ -51,6 +53,7 @@ def test_choices_are_those_of_their_sources():
     """The parser spells names out so that it imports nothing; they must not drift."""
     assert cli.BACKGROUNDS == preprocess.BACKGROUNDS
     assert cli.RIGS == CameraRig.names()
+    assert cli.TEXTURE_SIZES == TEXTURE_SIZES
     from one2345pp.geometry import export
     from one2345pp.geometry.render import SHADINGS
 
@@ -82,6 +85,16 @@ def test_choices_are_those_of_their_sources():
         ("generate mug.png -o a.glb --steps many", "--steps"),
         ("generate mug.png -o a.glb --ste 3", "--ste"),
         ("generate mug.png -o a.glb --model views", "model_index.json"),
+        ("generate mug.png -o a.glb --texture-size 100000", "16 to 16384"),
+        ("generate mug.png -o a.glb --seed -1", "--seed"),
+        ("generate mug.png -o a.glb --seed 99999999999999999999999", "--seed"),
+        ("generate mug.png -o a.glb --elevation 200", "-90 to 90"),
+        ("generate mug.png -o a.glb --preview mug.png", "mug.png: is an input"),
+        ("generate --prompt '' --text-to-image x -o a.glb", "--prompt: is empty"),
+        ("reconstruct views -o a.glb --save-intermediates views", "cameras.json: is an input"),
+        ("refine mug.png views -o mug.png", "-o mug.png"),
+        ("refine mug.png views -o a.glb --preview views/0.png", "0.png: is an input"),
+        ("prepare -o data --shapes -3", "--shapes"),
         ("reconstruct views -o a.glb --rig nothing", "zero123plus-v1.2"),
         ("prepare nothing -o data", "nothing: no such"),
         ("train sparse nothing.json", "nothing.json: no such file"),
@@ -256,6 +269,13 @@ def test_prepare_and_evaluate(place, capsys):
     assert {path.name for path in (place / "rings").glob("*.zip")} == {"house.0.zip", "procedural_00000.0.zip"}
     status, _, err = run(f"prepare -o nothing {options}", capsys)
     assert status == 2 and "none given" in err and not (place / "nothing").exists()
+    (place / "pred").mkdir()
+    shutil.copy(place / "meshes" / "house.glb", place / "pred")
+    for folder in ("pred", "meshes"):
+        (place / folder / "empty.obj").write_text("v 0 0 0\n")
+    status, out, err = run("evaluate --pred pred --gt meshes -o part.json", capsys)
+    assert status == 2 and "house" in out and "empty" in err and err.count("\n") == 1
+    (place / "meshes" / "empty.obj").unlink()
     status, out, _ = run("evaluate --pred meshes --gt meshes -o report.json", capsys)
     assert status == 0 and "house" in out
     report = json.loads((place / "report.json").read_text())

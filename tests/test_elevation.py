@@ -173,7 +173,7 @@ def picture() -> Image.Image:
 
 
 def estimated(chain, picture: Image.Image) -> float:
-    framed = np.asarray(frame_object(chain.prepare_image(picture), 16))
+    framed = np.array(frame_object(chain.prepare_image(picture), 16))
     pixels = torch.from_numpy(framed[None]).movedim(-1, 1)  # laid out as a batch is: another order rounds otherwise
     return chain.elevation_estimator.estimate(pixels.float() / 255).item()
 

@@ -2,9 +2,10 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from conftest import build_multiview, tiny_dinov2
 from pretend_gpu import PretendTensor
 from test_elevation import SMALL, sets  # noqa: F401
@@ -16,7 +17,7 @@ from test_training_multiview import data  # noqa: F401
 from test_training_volume import CONFIG as VOLUMES
 from test_training_volume import dataset, first_stage  # noqa: F401
 
-from one2345pp.training import elevation, loop, multiview, occupancy, sparse
+from one2345pp.training import drawn_views, elevation, finetune, loop, multiview, occupancy, sparse, tiles, volume
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,9 +36,41 @@ class PretendAccelerator(Accelerator):
         return parts
 
 
+class PretendState:
+    """A `PartialState` that believes so, too."""
+
+    def __init__(self, cpu: bool):
+        self.real = PartialState(cpu=cpu)
+        self.device = torch.device("cpu") if cpu else PretendTensor.gpu
+
+    def __getattr__(self, name: str):
+        return getattr(self.real, name)
+
+
 @pytest.fixture(autouse=True)
 def accelerator(monkeypatch):
     monkeypatch.setattr(loop, "Accelerator", PretendAccelerator)
+    for module in (multiview, finetune, volume):
+        monkeypatch.setattr(module, "PartialState", PretendState)
+
+
+@pytest.fixture
+def places(monkeypatch) -> list[str]:
+    """Where the first stage was whenever it began to encode what it learns from, or to draw what the other networks learn from."""
+    seen, encode, draw = [], tiles.LatentDataset._encode, drawn_views.DrawnViewsDataset._draw
+
+    def watched_encode(prepared, config, pipeline, folder):
+        assert pipeline.vae.device == pipeline.vision_encoder.device
+        seen.append(pipeline.vae.device.type)
+        encode(prepared, config, pipeline, folder)
+
+    def watched_draw(self, pipeline, *args):
+        seen.append(pipeline.device.type)
+        draw(self, pipeline, *args)
+
+    monkeypatch.setattr(tiles.LatentDataset, "_encode", staticmethod(watched_encode))
+    monkeypatch.setattr(drawn_views.DrawnViewsDataset, "_draw", watched_draw)
+    return seen
 
 
 def assert_same_learning(run, folder, device: str = "cuda") -> None:
@@ -75,8 +108,8 @@ def test_training_of_volumes(gpu, stage, dataset, tmp_path):  # noqa: F811
     assert list((tmp_path / "there").glob("preview-*.png"))
 
 
-def test_training_with_all_conditions(cuda, dataset, first_stage, tmp_path):  # noqa: F811
-    """Drawn views told apart, the global vector, patch features and a predicted support."""
+def test_training_with_all_conditions(cuda, places, dataset, first_stage, tmp_path):  # noqa: F811
+    """Drawn views told apart, the global vector, patch features and a predicted support. The views are drawn on the GPU."""
     tiny_dinov2().save_pretrained(tmp_path / "dino")
     for stage, module in (("occupancy", occupancy), ("sparse", sparse)):
         config = copy.deepcopy(VOLUMES[stage])
@@ -94,11 +127,12 @@ def test_training_with_all_conditions(cuda, dataset, first_stage, tmp_path):  # 
             module.run({**config, "training": training}, **arguments, device=device)
 
         assert_same_learning(run, tmp_path / stage)
+    assert places == 2 * (4 * ["cpu"] + 2 * ["cuda"])  # for training and validation, of each of three runs
 
 
 @pytest.mark.parametrize("change", [{}, {"lora_rank": 2}], ids=["attention", "lora"])
-def test_fine_tuning(cuda, change, data, tmp_path):  # noqa: F811
-    """Of a first stage with a text encoder."""
+def test_fine_tuning(cuda, places, change, data, tmp_path):  # noqa: F811
+    """Of a first stage with a text encoder. Latents are encoded on the GPU."""
     base = tmp_path / "base"
     build_multiview(ramping_coefficients=[0.1, 0.2, 0.3, 0.4]).save_pretrained(base)
 
@@ -107,16 +141,30 @@ def test_fine_tuning(cuda, change, data, tmp_path):  # noqa: F811
         multiview.run(finetuned(base, phases={"attention": phase}), data=data, output=output, device=device)
 
     assert_same_learning(run, tmp_path)
+    assert places == ["cpu", "cpu", "cuda"]
 
 
-def test_training_of_the_first_stage(cuda, data, tmp_path):  # noqa: F811
-    """Autoencoder, image encoder and UNet."""
+def test_training_of_the_first_stage(cuda, places, data, tmp_path):  # noqa: F811
+    """Autoencoder, image encoder and UNet, whose latents are encoded on the GPU."""
 
     def run(output, device, steps):
         phases = {name: steps_of(phase, steps) for name, phase in FIRST["phases"].items()}
         multiview.run(FIRST | {"phases": phases}, data=data, output=output, device=device)
 
     assert_same_learning(run, tmp_path)
+    assert places == ["cpu", "cpu", "cuda"]
+
+
+def test_latents_of_a_gpu(cuda, data, tmp_path):  # noqa: F811
+    """Oracle: those of the CPU, from the same draws; afterwards both encoders are on the CPU again."""
+    config = {"view_size": 16, "rig": "zero123plus-v1.2", "recolored_copies": 1, "seed": 0}
+    pipe, arrays = build_multiview(), []
+    for device in ("cpu", cuda):
+        arrays.append(tiles.LatentDataset(data, config, pipe, tmp_path / str(device), device).arrays)
+        weights = [*pipe.vae.parameters(), *pipe.vision_encoder.parameters()]
+        assert all(weight.device.type == "cpu" for weight in weights)
+    for name, array in arrays[0].items():
+        np.testing.assert_allclose(arrays[1][name], array, atol=2e-3, rtol=2e-3)
 
 
 def test_training_of_the_elevation(cuda, sets, tmp_path):  # noqa: F811

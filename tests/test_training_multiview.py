@@ -408,6 +408,9 @@ def test_unusable_config_and_rig_are_refused(data, tmp_path):
         multiview.run({**CONFIG, "view_sise": 3}, data=data, output=tmp_path)
     with pytest.raises(InputError, match="was prepared for"):
         multiview.run({**CONFIG, "rig": "zero123plus-v1.1"}, data=data, output=tmp_path)
+    endless = {**CONFIG, "phases": CONFIG["phases"] | {"vision": {"max_steps": 2}}}
+    with pytest.raises(InputError, match="needs minutes of its own, and vision has none"):
+        multiview.run(endless, data=data, output=tmp_path, minutes=1)
 
 
 def test_full_size_components_have_the_published_sizes():

@@ -100,6 +100,13 @@ def test_mirrored_samples_stay_consistent(dataset):
     assert (alpha > 0).float().mean() > 0.97
 
 
+def test_drop_view_is_how_many_of_six_views_are_missing(dataset):
+    """Oracle: the mean number of views that are missing, of 400 samples."""
+    config = {**DEFAULTS, **dict.fromkeys(CHANCES, 0.0), "image_size": 4, "drop_view": 1.5}
+    batch = SampleBatch([dataset[0]] * 400, config, torch.Generator().manual_seed(0))
+    assert 6 - batch.views.present.float().sum(1).mean().item() == pytest.approx(1.5, abs=0.2)
+
+
 @pytest.fixture(scope="module")
 def first_stage(tmp_path_factory):
     """A folder of a tiny first stage with random weights, of 24 px views."""

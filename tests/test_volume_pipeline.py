@@ -207,7 +207,10 @@ def test_views_on_a_plain_background_equal_their_rgba(pipe, views):
         ({"output_type": "np"}, "output_type"),
         ({"num_sparse_steps": 0}, "at least 1"),
         ({"image": [None, None]}, "2 input images for 1"),
-        ({"generator": [torch.Generator(), torch.Generator()]}, "2 generators for 1 samples"),
+        (
+            {"generator": [torch.Generator(), torch.Generator()]},
+            "generator: got 2, expected one, or a list of 1, one a sample",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(pipe, views, arguments, said):

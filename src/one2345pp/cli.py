@@ -13,6 +13,7 @@ from . import __version__
 BACKGROUNDS = ("auto", "alpha", "key", "rembg")
 SHADINGS = ("soft", "none", "normal", "wireframe")
 RIGS = ("zero123plus-v1.2", "zero123plus-v1.1")
+TEXTURE_SIZES = (16, 16384)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -62,7 +63,7 @@ def build_parser() -> OneLineParser:
         "--text-to-image", metavar="MODEL", help="folder or Hub id of a diffusers text-to-image pipeline"
     )
     text = "degrees above the horizon from which the image looks, if known; otherwise the model estimates it, if it can"
-    generate.add_argument("--elevation", type=float, metavar="DEG", help=text)
+    generate.add_argument("--elevation", type=degrees, metavar="DEG", help=text)
     generate.add_argument("--background", choices=BACKGROUNDS, default="auto", help="how the object is cut out")
     generate.add_argument("--steps", type=positive, metavar="N", help="denoising steps of the six views")
     text = (
@@ -101,7 +102,9 @@ def build_parser() -> OneLineParser:
     prepare.add_argument("--table", type=Path, metavar="CSV", help="columns name, tier, split: sampling by tier")
     prepare.add_argument("--split", metavar="NAME", help="only meshes of this split of the table")
     text = "for train multiview: only views of this rig, six azimuths of the input view in each frame; given again, rigs take turns"
-    prepare.add_argument("--shapes", type=int, default=0, metavar="N", help="random procedural objects, beside meshes")
+    prepare.add_argument(
+        "--shapes", type=whole, default=0, metavar="N", help="random procedural objects, beside meshes"
+    )
     prepare.add_argument("--normals", action="store_true", help="frames hold the views' normals, too")
     prepare.add_argument("--vary", action="store_true", help="all frames but the fronts: stretched and recoloured")
     prepare.add_argument("--rings", action="append", choices=RIGS, metavar="RIG", help=text)
@@ -187,10 +190,34 @@ def positive(text: str) -> int:
     return number
 
 
+def whole(text: str) -> int:
+    """An integer of at least 0 that fits 63 bits, as seeds do."""
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {2**63 - 1}")
+    return number
+
+
+def texels(text: str) -> int:
+    """Pixels along a side of a texture."""
+    number = int(text)
+    if not TEXTURE_SIZES[0] <= number <= TEXTURE_SIZES[1]:
+        raise argparse.ArgumentTypeError(f"{text} is not from {TEXTURE_SIZES[0]} to {TEXTURE_SIZES[1]}")
+    return number
+
+
+def degrees(text: str) -> float:
+    """An elevation."""
+    number = float(text)
+    if not -90 <= number <= 90:
+        raise argparse.ArgumentTypeError(f"{text} is not from -90 to 90")
+    return number
+
+
 def _add_shared(parser: argparse.ArgumentParser, dtype: str | None = "float32") -> None:
     group = parser.add_argument_group("shared options")
     group.add_argument("--model", help="folder or Hub id; defaults to the checkpoint in the package")
-    group.add_argument("--seed", type=int, help="of every random draw, for each input anew; defaults to 0")
+    group.add_argument("--seed", type=whole, help="of every random draw, for each input anew; defaults to 0")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     text = "of the stored weights; defaults to that of the source" if dtype is None else None
     group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default=dtype, help=text)
@@ -227,7 +254,7 @@ def _add_mesh(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--watertight", action="store_true", help="close the mesh, for printing")
     group.add_argument("--unlit", action="store_true", help="a .glb whose colours viewers show as they are")
     group.add_argument("--texture-steps", type=positive, metavar="N", help="steps of the texture refinement")
-    group.add_argument("--texture-size", type=positive, metavar="N", help="pixels")
+    group.add_argument("--texture-size", type=texels, metavar="N", help="pixels")
     text = "also write a picture (.png) or a turntable (.gif .mp4); several inputs: FILE-<stem>"
     group.add_argument("--preview", type=Path, metavar="FILE", help=text)
     text = "how the preview shows the mesh; given several times, a row or column for each; defaults to soft"

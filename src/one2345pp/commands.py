@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import importlib.metadata
 import importlib.util
 import re
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING
 from . import __version__
 from .checkpoints import default_checkpoint
 from .errors import InputError
-from .json_files import read_json
-from .outputs import MESH_SUFFIXES, Job, attempt, check_file, check_folder, plan, report, run_all
+from .files import read_json
+from .outputs import Job, attempt, check_file, check_folder, plan, report, run_all
 
 
 if TYPE_CHECKING:
@@ -39,6 +38,8 @@ def generate(args: argparse.Namespace) -> int:
     """Images, or a prompt, to meshes. One input that fails does not stop the others."""
     if bool(args.images) == (args.prompt is not None):
         raise InputError("generate: pass either images, or --prompt with --text-to-image.")
+    if args.prompt is not None and not args.prompt.strip():
+        raise InputError("--prompt: is empty, expected text.")
     if args.prompt is not None and args.text_to_image is None:
         raise InputError("--prompt: needs --text-to-image MODEL, a diffusers text-to-image pipeline.")
     jobs = _plan(args.images or [Path(_slug(args.prompt))], args, args.save_intermediates)
@@ -117,13 +118,13 @@ def reconstruct(args: argparse.Namespace) -> int:
 
 def refine(args: argparse.Namespace) -> int:
     """A mesh and views to the mesh with a texture painted from the views."""
+    jobs = _plan([args.mesh], args)
+    _hush(args)
     from .geometry.mesh import load_mesh
     from .pipelines.pipeline_one2345plusplus import One2345PlusPlusPipeline
     from .pipelines.pipeline_texture_refinement import TextureRefinementPipeline
     from .pipelines.preprocess import load_views
 
-    jobs = _plan([args.mesh], args)
-    _hush(args)
     mesh, (views, rig) = load_mesh(args.mesh), load_views(args.views, args.rig)
     config = One2345PlusPlusPipeline.load_config(_find_model(args.model))
     texture = TextureRefinementPipeline(**config.get("texture_config", {}))
@@ -140,21 +141,8 @@ def prepare(args: argparse.Namespace) -> int:
     from .data.prepare import prepare as prepare_data
 
     check_folder(args.output, "-o")
-    meshes = []
-    for path in args.meshes:
-        if not path.exists():
-            raise InputError(f"{path}: no such file or folder.")
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in MESH_SUFFIXES) if path.is_dir() else [path]
-        meshes += inside
-    if args.split is not None:
-        if args.table is None:
-            raise InputError("--split: needs --table CSV, whose column split says which mesh is in it.")
-        wanted = _names_of_split(args.table, args.split)
-        meshes = [mesh for mesh in meshes if mesh.stem in wanted]
-    if args.meshes and not meshes:
-        raise InputError(f"{args.meshes[0]}: holds no mesh files ({', '.join(MESH_SUFFIXES)}).")
     problems = prepare_data(
-        meshes,
+        args.meshes,
         args.output,
         frames=args.frames,
         view_size=args.view_size,
@@ -162,6 +150,7 @@ def prepare(args: argparse.Namespace) -> int:
         workers=args.workers,
         seed=args.seed or 0,
         table=args.table,
+        split=args.split,
         vary=args.vary,
         rings=args.rings,
         shapes=args.shapes,
@@ -244,7 +233,8 @@ def evaluate(args: argparse.Namespace) -> int:
     result = compare(args.pred, args.gt, args.output, **({} if args.seed is None else {"seed": args.seed}))
     if not args.quiet:
         sys.stdout.write(result["text"].rstrip() + "\n")
-    return 0
+    statuses = [report(InputError(f"{name}: {problem}")) for name, problem in result["failed"].items()]
+    return max(statuses, default=0)
 
 
 def info(args: argparse.Namespace) -> int:
@@ -359,7 +349,9 @@ def _hush(args: argparse.Namespace) -> None:
 
 def _plan(sources: list[Path], args: argparse.Namespace, intermediates: Path | None = None) -> list[Job]:
     """Where the outputs go, and what the options say of them."""
-    return plan(sources, args.output, args.preview, intermediates, args.unlit, args.shading)
+    named = (getattr(args, name, None) for name in ("views", "image"))
+    inputs = [path for path in named if path is not None]
+    return plan(sources, args.output, args.preview, intermediates, args.unlit, args.shading, inputs)
 
 
 def _refined(texture, mesh, views, rig, args: argparse.Namespace, generator, **kwargs) -> trimesh.Trimesh:
@@ -376,18 +368,6 @@ def _refined(texture, mesh, views, rig, args: argparse.Namespace, generator, **k
         device=_device(args.device),
         **kwargs,
     ).meshes[0]
-
-
-def _names_of_split(table: Path, split: str) -> set[str]:
-    """Names in the rows of a CSV whose column `split` says `split`."""
-    try:
-        with open(table, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--table {table}: cannot be read ({error}).") from None
-    if not rows or not {"name", "split"} <= rows[0].keys():
-        raise InputError(f"--table {table}: has no columns name and split.")
-    return {row["name"] for row in rows if row["split"] == split}
 
 
 def _slug(text: str) -> str:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..json_files import read_json
+from ..files import read_json
 
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")

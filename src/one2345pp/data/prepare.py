@@ -8,7 +8,6 @@ all six.
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
@@ -22,6 +21,7 @@ import trimesh
 from PIL import Image
 
 from ..errors import InputError
+from ..files import read_json
 from ..geometry.cameras import CameraRig
 from ..geometry.framing import frame_object
 from ..geometry.mesh import load_mesh, normalize_to_sphere
@@ -31,6 +31,7 @@ from ..geometry.voxelize import SurfaceCloud
 from .dataset import FORMAT
 from .pack import write_sample
 from .shapes import random_shape
+from .sources import find_sources
 from .variation import recolor_randomly, stretch_randomly
 
 
@@ -54,22 +55,24 @@ def prepare(
     workers: int | None = None,
     seed: int = 0,
     table: Path | None = None,
+    split: str | None = None,
     rings: list[str] | None = None,
     shapes: int = 0,
     normals: bool = False,
     vary: bool = False,
 ) -> list[str]:
-    """Render and voxelise meshes into a folder that training reads. Frames that are there already are kept.
+    """Render and voxelise meshes into a folder that training reads. Frames that are there already are kept, objects are added.
 
     Args:
-        meshes: Mesh files; the file's stem is the object's name.
+        meshes: Mesh files, or folders of them; see `sources.find_meshes` for the names of their objects.
         output: Folder to write.
         frames: Azimuth frames (or rings) an object: the front, of rings one for each rig, then random ones.
         view_size: Side of the pictures in pixels.
         resolution: Cells along an edge of the volume.
         workers: Processes, defaults to the number of cores.
         seed: With the object's name, decides azimuths, input cameras and light.
-        table: CSV with columns `name` and `tier`, for sampling by tier.
+        table: CSV with columns `name` and `tier`, for sampling by tier. Objects that it lacks are `lowpoly`.
+        split: Only objects whose column `split` in the table says so.
         rings: Make rings of these rigs in turn, which the first stage learns from, instead of frames, which the volume stages need.
         shapes: So many random procedural objects beside the meshes, tier `procedural`.
         normals: Frames hold the normals of their views, too, for condition encoders that take them.
@@ -79,7 +82,8 @@ def prepare(
         A line for each object that could not be used, saying why.
 
     Raises:
-        InputError: If there is nothing to prepare, nothing to vary, or the table cannot be read.
+        InputError: If there is nothing to prepare or to vary, two objects have one name, the table cannot be read, or the folder holds
+            samples with other settings. Nothing is written then.
     """
     if not meshes and not shapes:
         raise InputError("meshes: none given. Pass mesh files or a folder that holds some.")
@@ -88,29 +92,25 @@ def prepare(
         raise InputError(
             f"vary: the first {fronts} frame(s) of an object are of itself, and frames is {frames}. Ask for more frames."
         )
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    tiers = {} if table is None else _read_tiers(table)
+    sources, tiers = find_sources(meshes, table, split, shapes)
     rigs = RIGS if rings is None else tuple(rings)
-    meta = {
+    settings = {
         "format": FORMAT,
         "view_size": view_size,
         "resolution": resolution,
-        "rigs": rigs,
+        "rigs": list(rigs),
         "inputs": INPUTS_PER_FRAME,
+        "rings": rings is not None,
+        "normals": normals,
+        "truncation": TRUNCATION_CELLS / resolution,
     }
-    meta["rings"], meta["normals"] = rings is not None, normals
-    meta["tiers"] = {Path(m).stem: tiers.get(Path(m).stem, "lowpoly") for m in meshes}
-    names = [f"procedural_{number:05d}" for number in range(shapes)]
-    meta["tiers"].update(dict.fromkeys(names, "procedural"))
-    meta["truncation"] = TRUNCATION_CELLS / resolution
-    (output / "index.json").write_text(json.dumps(meta))
+    output = Path(output)
+    _write_index(output, settings, tiers)
     spec = {
         "view_size": view_size,
         **({"resolution": resolution, "normals": normals} if rings is None else {"rigs": rigs}),
     }
-    sources = [*map(Path, meshes), *names]
-    jobs = [(source, output, frame, seed, vary, spec) for frame in range(frames) for source in sources]
+    jobs = [(*source, output, frame, seed, vary, spec) for frame in range(frames) for source in sources.items()]
     with ProcessPoolExecutor(workers) as pool:
         problems = [problem for problem in pool.map(_prepare_frame, jobs, chunksize=4) if problem]
     for problem in problems:
@@ -118,18 +118,32 @@ def prepare(
     return problems
 
 
-def _read_tiers(table: Path) -> dict[str, str]:
-    try:
-        with open(table, newline="", encoding="utf-8") as file:
-            return {row["name"]: row["tier"] for row in csv.DictReader(file)}
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
-        raise InputError(f"{table}: is not a CSV with the columns name and tier ({error!r}).") from None
+def _write_index(output: Path, settings: dict, tiers: dict[str, str | None]) -> None:
+    """Write `index.json`, or add objects to the one that is there. Without a tier, objects keep theirs, and new ones are `lowpoly`.
+
+    Raises:
+        InputError: If the samples that are there have other settings.
+    """
+    index, known = output / "index.json", {}
+    if index.exists():
+        there = read_json(index, "Prepare into another folder.")
+        known = there.get("tiers", {})
+        others = [key for key, value in settings.items() if there.get(key) != value]
+        if others:
+            differences = "; ".join(f"{key} is {there.get(key)}, not {settings[key]}" for key in others)
+            raise InputError(
+                f"{output}: holds samples with other settings: {differences}. Prepare into another folder."
+            )
+    tiers = {**known, **{name: tier or known.get(name, "lowpoly") for name, tier in tiers.items()}}
+    output.mkdir(parents=True, exist_ok=True)
+    partial = output / "index.json.part"
+    partial.write_text(json.dumps({**settings, "tiers": tiers}))
+    partial.replace(index)
 
 
-def _prepare_frame(job: tuple[Path | str, Path, int, int, bool, dict]) -> str | None:
-    """One file of `prepare`; a source that is no path is the name of a procedural object, which it decides."""
-    source, output, frame, seed, vary, spec = job
-    name = source.stem if isinstance(source, Path) else source
+def _prepare_frame(job: tuple[str, Path | None, Path, int, int, bool, dict]) -> str | None:
+    """One file of `prepare`; a source without a file is a procedural object, which its name decides."""
+    name, file, output, frame, seed, vary, spec = job
     target = output / f"{name}.{frame}.zip"
     if target.exists():
         return None
@@ -137,10 +151,10 @@ def _prepare_frame(job: tuple[Path | str, Path, int, int, bool, dict]) -> str | 
     number = zlib.crc32(name.encode())
     rng = np.random.default_rng([seed, number, frame])
     try:
-        if isinstance(source, Path):
-            mesh = normalize_to_sphere(load_mesh(source))
-        else:
+        if file is None:
             mesh = random_shape(torch.Generator().manual_seed(number))
+        else:
+            mesh = normalize_to_sphere(load_mesh(file))
         front = frame < len(spec.get("rigs", [None]))
         vary = vary and not front
         varied = np.random.default_rng([seed, number, frame, 1])  # draws of its own: azimuths and lights stay

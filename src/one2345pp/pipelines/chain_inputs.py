@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from ..errors import InputError
 from .elevations import check_elevation
+from .multiview_inputs import check_generators
+from .pipeline_texture_refinement import TEXTURE_SIZES
 
 
-LEAST = {"max_faces": 4, "texture_size": 16}  # four triangles are the smallest closed mesh
+LEAST = {"max_faces": 4, "texture_size": TEXTURE_SIZES[0]}  # four triangles are the smallest closed mesh
+MOST = {"texture_size": TEXTURE_SIZES[1]}
 
 
 def check_call(image, prompt, text_to_image, generator, elevation, **counts: int | None) -> int:
@@ -20,13 +23,14 @@ def check_call(image, prompt, text_to_image, generator, elevation, **counts: int
     number = len(as_list(image if prompt is None else prompt))
     if number == 0:
         raise InputError("image: got an empty list, expected at least one image.")
-    if isinstance(generator, list) and len(generator) != number:
-        raise InputError(f"generator: got {len(generator)}, expected one, or a list of {number}, one an object.")
+    check_generators(generator, number, "an object")
     check_elevation(elevation, number)
     for name, count in counts.items():
         least = LEAST.get(name, 1)
         if count is not None and count < least:
             raise InputError(f"{name}: got {count}, expected at least {least}.")
+        if name in MOST and count is not None and count > MOST[name]:
+            raise InputError(f"{name}: got {count}, expected at most {MOST[name]}.")
     return number
 
 

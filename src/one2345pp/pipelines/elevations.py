@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+from numbers import Real
 
 import numpy as np
 import torch
@@ -24,8 +25,8 @@ def check_elevation(elevation: float | list[float | None] | None, number: int) -
     if several and len(elevation) != number:
         raise InputError(f"elevation: got {len(elevation)}, expected one, or a list of {number}, one an object.")
     for degrees in elevation if several else [elevation]:
-        if degrees is not None and not -90 <= degrees <= 90:
-            raise InputError(f"elevation: got {degrees:g}, expected degrees from -90 to 90.")
+        if degrees is not None and not (isinstance(degrees, Real) and -90 <= degrees <= 90):
+            raise InputError(f"elevation: got {degrees!r}, expected degrees from -90 to 90.")
 
 
 def find_elevations(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -98,10 +99,19 @@ def check_tensor_inputs(names: list[str], known: list[str]) -> None:
 
 def check_noise(latents: Tensor | None, shape: tuple[int, ...], generator) -> None:
     """Latents of the tile's shape, and as many generators as there are tiles."""
-    if isinstance(generator, list) and len(generator) != shape[0]:
-        raise InputError(f"generator: got {len(generator)}, expected one, or a list of {shape[0]}, one a tile.")
+    check_generators(generator, shape[0], "a tile")
     if latents is not None and tuple(latents.shape) != shape:
         raise InputError(f"latents: got shape {tuple(latents.shape)}, expected {shape}.")
+
+
+def check_generators(generator, number: int, each: str) -> None:
+    """One source of random draws, or a list of one `each`."""
+    several = isinstance(generator, list)
+    if several and len(generator) != number:
+        raise InputError(f"generator: got {len(generator)}, expected one, or a list of {number}, one {each}.")
+    for one in generator if several else [generator]:
+        if one is not None and not isinstance(one, torch.Generator):
+            raise InputError(f"generator: got {type(one).__name__}, expected a torch.Generator, or a list of them.")
 
 
 def check_share(name: str, start: float, end: float) -> None:

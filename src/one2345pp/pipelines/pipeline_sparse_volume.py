@@ -25,7 +25,7 @@ from ..models.sparse import SparseGrid
 from ..models.unet_occupancy import OccupancyUNet3DModel
 from ..models.unet_sparse import SparseUNet3DModel
 from .hub import SelfContainedMixin
-from .multiview_inputs import check_tensor_inputs
+from .multiview_inputs import check_generators, check_tensor_inputs
 from .pipeline_multiview_tile import composite_on_grey
 from .pipeline_output import SparseVolumePipelineOutput
 from .volume_denoising import VolumeDenoisingMixin
@@ -164,10 +164,7 @@ class SparseVolumeDiffusionPipeline(VolumeDenoisingMixin, SelfContainedMixin, Di
         images = None if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
         if images is not None and len(images) != len(batch):
             raise InputError(f"image: got {len(images)} input images for {len(batch)} samples.")
-        if isinstance(generator, list) and len(generator) != len(batch):
-            raise InputError(
-                f"generator: got {len(generator)} generators for {len(batch)} samples, expected one for each."
-            )
+        check_generators(generator, len(batch), "a sample")
         encoders = (self.occupancy_condition, self.sparse_condition, self.fine_condition)
         needed = any(encoder is not None and encoder.config.view_channels > RGBA for encoder in encoders)
         return batch, rigs, images, check_normals(normals, batch, needed)

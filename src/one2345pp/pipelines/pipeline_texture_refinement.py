@@ -33,6 +33,7 @@ from .preprocess import key_background
 
 
 BAKED_AT_ONCE = 1 << 16  # texels
+TEXTURE_SIZES = (16, 16384)  # pixels along a side, least and most
 
 
 class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
@@ -148,13 +149,13 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
             InputError: If the meshes, views, cameras or numbers cannot be used, or a mesh cannot be closed or decimated as asked.
         """
         steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
-        texture_size = texture_size or self.config.default_texture_size
-        max_faces = max_faces or self.config.default_max_faces
+        texture_size = self.config.default_texture_size if texture_size is None else texture_size
+        max_faces = self.config.default_max_faces if max_faces is None else max_faces
         # 1. Check inputs
         rig = CameraRig.of(cameras)
         meshes = mesh if isinstance(mesh, (list, tuple)) else [mesh]
         view_lists = views if isinstance(mesh, (list, tuple)) else [views]
-        self.check_inputs(meshes, view_lists, rig, steps, texture_size, trust)
+        self.check_inputs(meshes, view_lists, rig, steps, texture_size, trust, generator)
         self._interrupt = False
         painted = []
         for one_mesh, pictures in zip(meshes, view_lists, strict=True):
@@ -180,14 +181,19 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         num_inference_steps: int,
         texture_size: int,
         trust: Sequence[float] | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         """Raise `InputError` for anything that cannot be used, before any work."""
         if len(meshes) != len(views):
             raise InputError(f"views: got {len(views)} lists of views for {len(meshes)} meshes. Pass one list a mesh.")
         if num_inference_steps < 0:
             raise InputError(f"num_inference_steps: got {num_inference_steps}, expected 0 or more.")
-        if not 16 <= texture_size <= 16384:
-            raise InputError(f"texture_size: got {texture_size}, expected 16 to 16384 pixels.")
+        if not TEXTURE_SIZES[0] <= texture_size <= TEXTURE_SIZES[1]:
+            raise InputError(
+                f"texture_size: got {texture_size}, expected {TEXTURE_SIZES[0]} to {TEXTURE_SIZES[1]} pixels."
+            )
+        if isinstance(generator, list | tuple):
+            raise InputError("generator: got several, expected one, which serves all meshes in turn.")
         if trust is not None and (len(trust) != len(rig) or min(trust) <= 0):
             raise InputError(f"trust: got {list(trust)}, expected {len(rig)} positive numbers, one a view.")
         for mesh, pictures in zip(meshes, views, strict=True):
@@ -242,7 +248,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         if len(samples) == 0:
             raise InputError(
                 "views: none of them shows any of the mesh. Check that mesh and cameras share one frame "
-                "(+Y up, +Z front, object about the origin) and that the views are not empty."
+                "(+Y up, +Z front, object about the origin), that its faces look outwards, and that the views are not empty."
             )
         return Visibility(rig, torch.from_numpy(weights), torch.from_numpy(fragments.depth)), samples
 

@@ -156,7 +156,7 @@ def _remove_background(picture: Image.Image, background: str, name: str) -> Imag
             raise InputError(f"{name}: its background is not plain. Pass a cut-out (RGBA), or background='rembg'.")
     if importlib.util.find_spec("rembg") is None:
         raise InputError(
-            f"{name}: has neither transparency nor a plain background. Pass a cut-out (RGBA PNG) or a mask, "
+            f"{name}: has neither transparency nor a plain background. Pass a cut-out (RGBA PNG), "
             "or install the background remover: pip install 'one2345pp[background]'."
         )
     return _rembg(picture, name)

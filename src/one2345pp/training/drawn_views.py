@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,6 @@ from ..data.dataset import PreparedDataset
 from ..pipelines.pipeline_multiview_tile import MultiViewTilePipeline
 
 
-logger = logging.getLogger(__name__)
-
 BATCH = 16  # tiles drawn at once
 
 
@@ -25,7 +23,8 @@ class DrawnViewsDataset(Dataset):
     """A `PreparedDataset` of which some items have two more keys.
 
     `drawn [6, S, S, 4]` (uint8, straight alpha): the views that a first stage draws of input picture number `drawn_input`, cut out of
-    their grey as the chain does.
+    their grey as the chain does. The picture and noise of a sample depend on the seed and its name alone, so a cut run goes on
+    exactly.
 
     Args:
         prepared: Samples in the worlds of their input azimuths.
@@ -33,39 +32,54 @@ class DrawnViewsDataset(Dataset):
         folder: Keeps the drawn views between runs.
         count: Samples to draw, by the weights of `prepared`.
         steps: Denoising steps.
+        seed: Decides which samples are drawn and, with a sample's name, its picture and noise.
+        device: Where the first stage draws.
     """
 
-    def __init__(self, prepared: PreparedDataset, multiview: str, folder: Path, count: int, steps: int, seed: int = 0):
+    def __init__(
+        self,
+        prepared: PreparedDataset,
+        multiview: str,
+        folder: Path,
+        count: int,
+        steps: int,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+    ):
         self.prepared, self.folder = prepared, folder
         self.weights = prepared.weights
         folder.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator().manual_seed(seed)
         order = torch.multinomial(self.weights, min(count, len(prepared)), generator=generator).tolist()
-        missing = [index for index in order if not self._file(index).exists()]
+        # Whole batches, also where some are there: a product's last bits depend on the number of its rows.
+        batches = [order[first : first + BATCH] for first in range(0, len(order), BATCH)]
+        missing = [batch for batch in batches if not all(self._file(index).exists() for index in batch)]
         if not missing:
             return
-        pipe = MultiViewTilePipeline.from_pretrained(multiview)
+        pipe = MultiViewTilePipeline.from_pretrained(multiview).to(device)
         pipe.set_progress_bar_config(disable=True)
-        for first in tqdm(range(0, len(missing), BATCH), desc="draw views"):
-            self._draw(pipe, missing[first : first + BATCH], steps, generator)
+        for batch in tqdm(missing, desc="draw views"):
+            self._draw(pipe, batch, steps, seed)
 
     def _file(self, index: int) -> Path:
         return self.folder / self.prepared.files[index].with_suffix(".npz").name
 
-    def _draw(self, pipe: MultiViewTilePipeline, indices: list[int], steps: int, generator: torch.Generator) -> None:
-        inputs = [self.prepared[index]["inputs"] for index in indices]
-        picks = [int(torch.randint(len(pictures), (), generator=generator)) for pictures in inputs]
-        size = pipe.config.view_size
-        pictures = [
-            Image.fromarray(own[pick].numpy()).resize((size, size), Image.Resampling.BICUBIC)
-            for own, pick in zip(inputs, picks, strict=True)
-        ]
-        drawn = pipe(pictures, num_inference_steps=steps, generator=generator, transparent=True).views
+    def _draw(self, pipe: MultiViewTilePipeline, indices: list[int], steps: int, seed: int) -> None:
+        size, pictures, picks, generators = pipe.config.view_size, [], [], []
+        for index in indices:
+            number = zlib.crc32(f"{seed} {self._file(index).stem}".encode())
+            generators.append(torch.Generator().manual_seed(number))
+            inputs = self.prepared[index]["inputs"]
+            picks.append(int(torch.randint(len(inputs), (), generator=generators[-1])))
+            picture = Image.fromarray(inputs[picks[-1]].numpy())
+            pictures.append(picture.resize((size, size), Image.Resampling.BICUBIC))
+        drawn = pipe(pictures, num_inference_steps=steps, generator=generators, transparent=True).views
         for index, pick, views in zip(indices, picks, drawn, strict=True):
-            pictures = np.stack([np.asarray(view) for view in views])
+            if self._file(index).exists():
+                continue
             partial = self._file(index).with_suffix(".part")
             with open(partial, "wb") as file:
-                np.savez_compressed(file, drawn=pictures, drawn_input=pick)
+                np.savez_compressed(file, drawn=np.stack([np.asarray(view) for view in views]), drawn_input=pick)
             partial.replace(self._file(index))
 
     def __len__(self) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..data.dataset import PreparedDataset
 from ..errors import InputError
 from ..pipelines.pipeline_multiview_tile import MultiViewTilePipeline
-from .loop import train
+from .loop import share_minutes, train
 from .multiview import SCALARS, DenoiserObjective
 from .tiles import Frames, LatentDataset, preview_examples, to_pixels
 
@@ -54,7 +54,8 @@ def finetune(config: dict, *, data: Path, output: Path, device: str = "auto", mi
         minutes: Time for the whole run; the phases' own limits are scaled to it.
 
     Raises:
-        InputError: If the config has unknown keys, or a phase trains nothing that can be trained.
+        InputError: If the config has unknown keys, a phase trains nothing that can be trained, or phases have no minutes of which
+            `minutes` could be made.
     """
     unknown = set(config) - set(DEFAULTS) - set(SCALARS) - {"phases"}
     if unknown or not config.get("phases"):
@@ -62,11 +63,7 @@ def finetune(config: dict, *, data: Path, output: Path, device: str = "auto", mi
             f"config: unknown keys {sorted(unknown)}, needs phases. Start from configs/multiview-finetune.json."
         )
     folder = config["base"]
-    limits = {name: phase.get("minutes") for name, phase in config["phases"].items()}
-    if minutes is not None:
-        if None in limits.values():
-            raise InputError("minutes: every phase of the config needs minutes of its own, to share them out.")
-        limits = {name: minutes * limit / sum(limits.values()) for name, limit in limits.items()}
+    limits = share_minutes(config["phases"], minutes)
     for name, phase in config["phases"].items():
         if not (output / name / "done").exists():
             _run_phase(config, phase, folder, data=data, output=output / name, device=device, minutes=limits[name])
@@ -86,7 +83,7 @@ def _run_phase(config: dict, phase: dict, folder, *, data: Path, output: Path, d
     config = {**DEFAULTS, **{key: pipeline.config[key] for key in SCALARS}, **config}
     select_trainable(pipeline.unet, **choice, seed=config["seed"])
     with processes.main_process_first():
-        dataset = FinetuneDataset(data, config, pipeline, output.parent / "latents")
+        dataset = FinetuneDataset(data, config, pipeline, output.parent / "latents", processes.device)
     examples = preview_examples(config["validation"] or data, config)
     objective = FinetuneObjective(config, pipeline, dataset.empty, examples)
     train(objective, dataset, loop, output, device=device, minutes=minutes)
@@ -133,10 +130,17 @@ def select_trainable(unet: nn.Module, trainable: str, lora_rank: int | None, see
 class FinetuneDataset(LatentDataset):
     """Latents as in `LatentDataset`; with `reference_sizes` an item also has its input pictures, `inputs [I, 4, S, S]`."""
 
-    def __init__(self, data: Path, config: dict, pipeline: MultiViewTilePipeline, folder: Path):
+    def __init__(
+        self,
+        data: Path,
+        config: dict,
+        pipeline: MultiViewTilePipeline,
+        folder: Path,
+        device: str | torch.device = "cpu",
+    ):
         if config["recolored_copies"]:
             raise InputError("recolored_copies: a base model knows its colours. Leave it at 0.")
-        super().__init__(data, config, pipeline, folder)
+        super().__init__(data, config, pipeline, folder, device)
         self.prepared = PreparedDataset(data) if config["reference_sizes"] else None
         self.frames = Frames(self.prepared, config) if self.prepared is not None else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -52,8 +53,8 @@ class Objective(Protocol):
 
     `modules` holds what is trained. `collate(items, generator)` makes a batch of dataset items, augmentation included.
     `loss(batch, generator)` returns the scalar to minimise and figures for the log. `preview(modules, path)` draws a PNG,
-    `save(modules, folder)` writes the components; both are called with the averaged weights in `modules`. Where `same_shapes` is
-    false, as with voxels, whose number changes from step to step, nothing is compiled.
+    `save(modules, folder)` writes the components into an empty folder; both are called with the averaged weights in `modules`. Where
+    `same_shapes` is false, as with voxels, whose number changes from step to step, nothing is compiled.
     """
 
     modules: nn.ModuleDict
@@ -158,7 +159,7 @@ def train(
         ema.copy_to(parameters)
         objective.modules.eval()
         with torch.no_grad():
-            objective.save(objective.modules, output)
+            _save_components(objective, output)
             if preview:
                 objective.preview(objective.modules, output / f"preview-{step:07d}.png")
         objective.modules.train()
@@ -175,6 +176,8 @@ def train(
             group["lr"] = config["lr"] * _rate(config, step, elapsed, limit)
         generator = step_generator(seed, step)
         batch = _to_device(objective.collate(next(batches), generator), accelerator.device)
+        # Dropout draws from the global generator; seeded, it too depends on the seed and the step alone.
+        torch.manual_seed(step_generator(seed, step, stream=2).initial_seed())
         with accelerator.autocast(), _attention_kernel(accelerator):
             loss, logs = model(batch, generator)
         accelerator.backward(loss)
@@ -203,6 +206,23 @@ def train(
     checkpoint(preview=True)
     accelerator.wait_for_everyone()  # all processes go on with what the main one has written
     logger.info("%s: %d steps, %.1f minutes", output, step, elapsed / 60)
+
+
+def share_minutes(phases: dict[str, dict], minutes: float | None) -> dict[str, float | None]:
+    """Time limits of a run's phases: their own `minutes`, scaled to add up to `minutes` if that is given.
+
+    Raises:
+        InputError: If a phase has no minutes of its own to be scaled.
+    """
+    limits = {name: phase.get("minutes") for name, phase in phases.items()}
+    if minutes is None:
+        return limits
+    if without := [name for name, limit in limits.items() if not limit]:
+        raise InputError(
+            f"minutes: {minutes} cannot be shared out, since every phase of the config needs minutes of its own, and "
+            f"{', '.join(without)} has none. Set them, or leave --minutes out."
+        )
+    return {name: minutes * limit / sum(limits.values()) for name, limit in limits.items()}
 
 
 def log_validation(preview: Path, **figures: float) -> None:
@@ -269,3 +289,16 @@ def _save_state(output: Path, objective: Objective, ema: EMAModel, optimizer, st
     partial = output / "state.pt.part"
     torch.save(state, partial)
     partial.replace(output / "state.pt")
+
+
+def _save_components(objective: Objective, output: Path) -> None:
+    """What `objective.save` writes, beside `output` at first, so that a cut leaves no half a file where a whole one was."""
+    partial = output / "components.part"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    objective.save(objective.modules, partial)
+    for file in [path for path in partial.rglob("*") if path.is_file()]:
+        target = output / file.relative_to(partial)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
+    shutil.rmtree(partial)

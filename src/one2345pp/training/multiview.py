@@ -35,7 +35,7 @@ from ..pipelines.pipeline_multiview_tile import (
 )
 from .autoencoder_init import initialize_with_colors
 from .components import build_components, build_vae, build_vision_encoder, seeded, start_from
-from .loop import train
+from .loop import share_minutes, train
 from .tiles import ImageDataset, LatentDataset, preview_examples, to_pil, to_pixels, to_tile
 
 
@@ -85,6 +85,9 @@ def run(config: dict, *, data: Path, output: Path, device: str = "auto", minutes
         minutes: Time for the whole run; the phases' own limits are scaled to it.
 
     A config with a `base` goes on from another first stage instead, see `finetune`.
+
+    Raises:
+        InputError: If the config has unknown keys or lacks some, or phases have no minutes of which `minutes` could be made.
     """
     if "base" in config:
         from .finetune import finetune
@@ -96,16 +99,29 @@ def run(config: dict, *, data: Path, output: Path, device: str = "auto", minutes
             f"config: unknown keys {sorted(unknown)}, needs components and phases. Start from multiview-small.json."
         )
     config = {**DEFAULTS, **config}
-    phases = config["phases"]
-    limits = {name: phase.get("minutes") for name, phase in phases.items()}
-    if minutes is not None:
-        total = sum(limits.values())
-        limits = {name: minutes * limit / total for name, limit in limits.items()}
+    limits = share_minutes(config["phases"], minutes)
     output = Path(output)
     processes = PartialState(cpu=device == "cpu")  # one, unless a launcher has started several
+    _train_encoders(config, limits, processes, data=data, output=output, device=device)
+    components = build_components(config)
+    components["vae"] = AutoencoderKL.from_pretrained(output / "vae")
+    components["vision_encoder"] = CLIPVisionModelWithProjection.from_pretrained(output / "vision_encoder")
+    pipeline = MultiViewTilePipeline(**components, **{key: config[key] for key in SCALARS if key in config})
+    with processes.main_process_first():
+        latents = LatentDataset(data, config, pipeline, output / "latents", processes.device)
+    objective = DenoiserObjective(
+        config, pipeline, latents.empty, preview_examples(config["validation"] or data, config)
+    )
+    train(objective, latents, config["phases"]["unet"], output, device=device, minutes=limits["unet"])
 
-    if not (output / "vae").exists() or not (output / "vision_encoder").exists():
-        images = ImageDataset(data, config)
+
+def _train_encoders(
+    config: dict, limits: dict, processes: PartialState, *, data: Path, output: Path, device: str
+) -> None:
+    """The first two phases, which have all pictures in memory; they make `vae/` and `vision_encoder/` where these are missing."""
+    if (output / "vae").exists() and (output / "vision_encoder").exists():
+        return
+    images, phases = ImageDataset(data, config), config["phases"]
     if not (output / "vae").exists():
         objective = AutoencoderObjective(config, images.frames.views)
         train(objective, images, phases["vae"], output / "vae-training", device=device, minutes=limits["vae"])
@@ -118,17 +134,6 @@ def run(config: dict, *, data: Path, output: Path, device: str = "auto", minutes
         vision = CLIPVisionModelWithProjection.from_pretrained(output / "vision-training" / "vision_encoder")
         standardize_embeds(vision, images)
         _save_whole(vision, output / "vision_encoder", processes)
-
-    components = build_components(config)
-    components["vae"] = AutoencoderKL.from_pretrained(output / "vae")
-    components["vision_encoder"] = CLIPVisionModelWithProjection.from_pretrained(output / "vision_encoder")
-    pipeline = MultiViewTilePipeline(**components, **{key: config[key] for key in SCALARS if key in config})
-    with processes.main_process_first():
-        latents = LatentDataset(data, config, pipeline, output / "latents")
-    objective = DenoiserObjective(
-        config, pipeline, latents.empty, preview_examples(config["validation"] or data, config)
-    )
-    train(objective, latents, phases["unet"], output, device=device, minutes=limits["unet"])
 
 
 # --- phase 1: autoencoder ------------------------------------------------------------------------------------------

@@ -129,67 +129,92 @@ class LatentDataset(Dataset):
     """What the UNet learns from, encoded once: `tile [c, h, w]`, `references [I, c, h', w']` and `embeds [I, D]`, float16, and the
     `label []` of the tile's rig.
 
-    Views are encoded one by one and laid out as tiles afterwards, since the frames of a ring share them.
+    Views are encoded one by one and laid out as tiles afterwards, since the frames of a ring share them. Latents stay on disk.
 
     Args:
         folder: Keeps the arrays between runs. Delete it when there are more samples.
+        device: Where the pipeline's autoencoder and image encoder compute if there is something to encode; then they are as before.
     """
 
-    def __init__(self, data: Path, config: dict, pipeline: MultiViewTilePipeline, folder: Path):
+    def __init__(
+        self,
+        data: Path,
+        config: dict,
+        pipeline: MultiViewTilePipeline,
+        folder: Path,
+        device: str | torch.device = "cpu",
+    ):
         with torch.no_grad():
             empty, _ = pipeline.prepare_pixels([Image.new("RGBA", [config["view_size"]] * 2)])
             self.empty = pipeline.vae.encode(empty).latent_dist.mode()[0]  # the reference of the negative branch
-        names = ("views", "references", "embeds", "view_ids", "input_ids", "labels", "weights")
         if not folder.exists():
             partial = folder.with_name(folder.name + ".part")
             partial.mkdir(parents=True, exist_ok=True)
-            for name, array in self._encode(ImageDataset(data, config), config, pipeline).items():
-                np.save(partial / f"{name}.npy", array)
+            home = pipeline.vae.device
+            pipeline.vae.to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
+            pipeline.vision_encoder.to(device)
+            self._encode(PreparedDataset(data), config, pipeline, partial)
+            # As in a run that finds all encoded: a layout, too, decides the last bits of what is computed.
+            pipeline.vae.to(home, memory_format=torch.contiguous_format)
+            pipeline.vision_encoder.to(home)
             partial.rename(folder)
-        self.arrays = {name: torch.from_numpy(np.load(folder / f"{name}.npy")) for name in names}
-        self.weights = self.arrays["weights"]
+        self.folder = folder
+        self.weights = torch.from_numpy(np.load(folder / "weights.npy"))
+        self._open()
+
+    def _open(self) -> None:
+        names = ("views", "references", "embeds", "view_ids", "input_ids", "labels")
+        self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in names}
+
+    def __getstate__(self) -> dict:
+        """Without the arrays: pickled they would be in memory, once in every worker."""
+        return {name: value for name, value in self.__dict__.items() if name != "arrays"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open()
 
     @staticmethod
     @torch.no_grad()
-    def _encode(images: ImageDataset, config: dict, pipeline: MultiViewTilePipeline) -> dict[str, np.ndarray]:
+    def _encode(prepared: PreparedDataset, config: dict, pipeline: MultiViewTilePipeline, folder: Path) -> None:
+        """Write all arrays. One sample's pictures are in memory at a time: those of a ring are 19.7 MB at 320 pixels."""
         generator = torch.Generator().manual_seed(config["seed"])
-        vision_size = pipeline.vision_encoder.config.image_size
-        pipeline.vae.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+        vae, vision = pipeline.vae, pipeline.vision_encoder
+        size, total = vision.config.image_size, (1 + config["recolored_copies"]) * len(prepared)
+        frames, labels = Frames(prepared, config), []
+        arrays: dict[str, np.ndarray] = {}
 
         def encode(images: Tensor):
-            pixels = to_pixels(images[:, : pipeline.vae.config.in_channels]).contiguous(
-                memory_format=torch.channels_last
-            )
-            return pipeline.vae.encode(pixels).latent_dist
-
-        total = (1 + config["recolored_copies"]) * len(images)
-        # Made whole at once: small ones that are kept between large ones leave gaps of memory unused.
-        arrays: dict[str, Tensor] = {}
+            pixels = to_pixels(images[:, : vae.config.in_channels]).to(vae.device)
+            return vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist
 
         def put(name: str, number: int, value: Tensor) -> None:
+            value, count = value.half().cpu().numpy(), len(value)
             if name not in arrays:
-                arrays[name] = torch.empty(total, *value.shape, dtype=torch.float16)
-            arrays[name][number] = value
+                shape = (total * count, *value.shape[1:])
+                arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", value.dtype, shape)
+            arrays[name][number * count : (number + 1) * count] = value
 
-        for number in range(total):
-            copy, index = divmod(number, len(images))
-            item = images[index]
+        def add(number: int) -> None:
+            copy, index = divmod(number, len(prepared))
+            item = prepared[index]
+            labels.append(frames.labels(item))
             # Another order of the channels teaches colours to come from the reference, not from the object's kind.
             order = torch.cat([torch.randperm(3, generator=generator) if copy else torch.arange(3), torch.tensor([3])])
-            views, inputs = item["views"][:, order], item["inputs"][:, order]
-            small = F.interpolate(inputs[:, :3].float(), (vision_size, vision_size), mode="bicubic", antialias=True)
+            views, inputs = (pictures[:, order] for pictures in frames.pictures(item).values())
+            small = F.interpolate(inputs[:, :3].float(), (size, size), mode="bicubic", antialias=True)
             put("views", number, encode(views).mode())
             put("references", number, encode(inputs).sample(generator))
-            put("embeds", number, pipeline.vision_encoder(to_pixels(small, 1.0)).image_embeds)
-        frames = images.frames
-        tables = {
-            name: (own + arrays[of].shape[1] * torch.arange(total).view(-1, 1, 1)).flatten(0, 1)
-            for name, own, of in (("view_ids", frames.views, "views"), ("input_ids", frames.inputs, "references"))
-        }
-        tables["weights"] = images.weights.repeat(total // len(images)).repeat_interleave(len(frames.views))
-        tables["labels"] = torch.cat([item["labels"] for item in images.items]).repeat(total // len(images))
-        flat = {name: array.flatten(0, 1) for name, array in arrays.items()}
-        return {name: array.numpy() for name, array in {**flat, **tables}.items()}
+            put("embeds", number, vision(to_pixels(small, 1.0).to(vision.device)).image_embeds)
+
+        for number in range(total):
+            add(number)  # which returns, so that its pictures are gone before the next ones are read
+        for name, own, of in (("view_ids", frames.views, "views"), ("input_ids", frames.inputs, "references")):
+            firsts = len(arrays[of]) // total * torch.arange(total).view(-1, 1, 1)  # of each sample's rows
+            np.save(folder / f"{name}.npy", (own + firsts).flatten(0, 1).numpy())
+        np.save(folder / "labels.npy", torch.cat(labels).numpy())
+        weights = prepared.weights.repeat(total // len(prepared)).repeat_interleave(len(frames.views))
+        np.save(folder / "weights.npy", weights.numpy())
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -197,10 +222,10 @@ class LatentDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         views, inputs = self.arrays["view_ids"][index], self.arrays["input_ids"][index]
         return {
-            "tile": to_tile(self.arrays["views"][views]),
-            "references": self.arrays["references"][inputs],
-            "embeds": self.arrays["embeds"][inputs],
-            "label": self.arrays["labels"][index],
+            "tile": to_tile(torch.from_numpy(self.arrays["views"][views])),
+            "references": torch.from_numpy(self.arrays["references"][inputs]),
+            "embeds": torch.from_numpy(self.arrays["embeds"][inputs]),
+            "label": torch.tensor(self.arrays["labels"][index]),
         }
 
 

@@ -29,7 +29,7 @@ DEFAULTS = {
     "recolor": 0.2,  # probability of permuting the colour channels
     "rekey": 0.4,  # probability that the masks come from keying a grey background, as for a generated tile
     "blur": 0.3,  # probability of views of a lower resolution
-    "drop_view": 0.1,  # probability of each of one or two missing views
+    "drop_view": 0.1,  # how many of six views are missing on average: each, and the picture, with a sixth of this probability
     "perturb": 0.5,  # probability of perturbed projections (One-2-3-45++ section 3.2)
     "perturb_rotation": 0.7,  # degrees, standard deviation
     "perturb_translation": 0.008,  # world units

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from diffusers import DDPMScheduler, ModelMixin
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -145,12 +146,14 @@ def run(
         if settings["multiview"] is None:
             raise InputError("config: drawn_samples needs multiview, the folder of a first stage that draws them.")
 
-        def with_drawn(prepared: PreparedDataset, folder: str, count: int) -> DrawnViewsDataset:
-            return DrawnViewsDataset(
-                prepared, settings["multiview"], Path(output) / folder, count, settings["drawn_steps"]
-            )
+        processes = PartialState(cpu=device == "cpu")  # one, unless a launcher has started several
 
-        dataset = with_drawn(dataset, "drawn", settings["drawn_samples"])
-        if objective.validation is not None:
-            objective.validation = with_drawn(objective.validation, "drawn-validation", len(objective.validation))
+        def with_drawn(prepared: PreparedDataset, folder: str, count: int) -> DrawnViewsDataset:
+            options = {"steps": settings["drawn_steps"], "device": processes.device}
+            return DrawnViewsDataset(prepared, settings["multiview"], Path(output) / folder, count, **options)
+
+        with processes.main_process_first():  # it draws, the others find the files
+            dataset = with_drawn(dataset, "drawn", settings["drawn_samples"])
+            if objective.validation is not None:
+                objective.validation = with_drawn(objective.validation, "drawn-validation", len(objective.validation))
     train(objective, dataset, config.get("training", {}), Path(output), device=device, minutes=minutes)

@@ -48,6 +48,9 @@ DEFAULTS = {
 }
 
 
+LOG_STEPS = 50  # of which the mean is a row of the log
+
+
 class Objective(Protocol):
     """What a network learns.
 
@@ -127,50 +130,26 @@ def train(
     AcceleratorState._reset_state()  # an earlier run in this process may have had another number format
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=_precision(config, device))
     model = _Loss(objective).to(accelerator.device)
-    backend = config["compile"]
-    if backend == "auto":
-        backend = "inductor" if accelerator.device.type == "cuda" else None
-    if backend is not None and getattr(objective, "same_shapes", True):
-        for module in objective.modules.values():
-            module.compile(backend=backend, dynamic=False)  # in place: names of weights stay
+    _compile(objective, config, accelerator)
     parameters = [p for p in objective.modules.parameters() if p.requires_grad]
-    kinds = {"adamw": torch.optim.AdamW, "muon": MuonAdamW}
-    if config["optimizer"] not in kinds:
-        raise InputError(f"training config: optimizer is {config['optimizer']!r}, expected one of {', '.join(kinds)}.")
-    make = kinds[config["optimizer"]]
-    options = {"lr": config["lr"], "weight_decay": config["weight_decay"], "betas": (0.9, 0.99)}
-    if make is MuonAdamW and accelerator.mixed_precision == "bf16":
-        options["dtype"] = torch.bfloat16
-    optimizer = make(parameters, **options)
+    optimizer = _make_optimizer(config, parameters, accelerator)
     ema = EMAModel(parameters, decay=config["ema_decay"], use_ema_warmup=True, power=0.75)
     state = _load_state(output, objective, ema, optimizer)
     step, elapsed = state["step"], state["elapsed"]
     model, optimizer = accelerator.prepare(model, optimizer)
-    weights = getattr(dataset, "weights", torch.ones(len(dataset), dtype=torch.float64))
     seed = config["seed"] + 7919 * accelerator.process_index
-    sampler = _StepSampler(weights, config["batch_size"], seed, step)
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=config["num_workers"], collate_fn=list)
+    batches = _batches(dataset, config, seed, step)
 
     def checkpoint(preview: bool) -> None:
-        if not accelerator.is_main_process:
-            return
-        _save_state(output, objective, ema, optimizer, step, elapsed)
-        ema.store(parameters)
-        ema.copy_to(parameters)
-        objective.modules.eval()
-        with torch.no_grad():
-            _save_components(objective, output)
-            if preview:
-                objective.preview(objective.modules, output / f"preview-{step:07d}.png")
-        objective.modules.train()
-        ema.restore(parameters)
+        if accelerator.is_main_process:
+            _save_state(output, objective, ema, optimizer, step, elapsed)
+            _save_averaged(objective, ema, parameters, output, f"preview-{step:07d}.png" if preview else None)
 
     objective.modules.train()
     bar = tqdm(total=config["max_steps"], initial=step, disable=not accelerator.is_local_main_process, mininterval=10)
     saved = previewed = elapsed
     figures: list[dict[str, float]] = []
     clock = time.monotonic()
-    batches = iter(loader)
     while step < config["max_steps"] and elapsed < limit:
         for group in optimizer.param_groups:
             group["lr"] = config["lr"] * _rate(config, step, elapsed, limit)
@@ -191,13 +170,12 @@ def train(
         elapsed, clock = _of_main_process(elapsed + now - clock, accelerator), now
         figures.append({"loss": loss.item(), **logs})
         bar.update()
-        if step % 50 == 0:
+        if step % LOG_STEPS == 0:
             mean = {k: sum(f[k] for f in figures) / len(figures) for k in figures[0]}
             figures.clear()
             bar.set_postfix(loss=f"{mean['loss']:.4f}")
             if accelerator.is_main_process:
-                with open(output / "log.jsonl", "a") as log:
-                    log.write(json.dumps({"step": step, "minutes": round(elapsed / 60, 3), **mean}) + "\n")
+                _append(output / "log.jsonl", {"step": step, "minutes": round(elapsed / 60, 3), **mean})
         if elapsed - saved > 60 * config["checkpoint_minutes"]:
             draw = elapsed - previewed > 60 * config["preview_minutes"]
             checkpoint(preview=draw)
@@ -227,8 +205,12 @@ def share_minutes(phases: dict[str, dict], minutes: float | None) -> dict[str, f
 
 def log_validation(preview: Path, **figures: float) -> None:
     """Add figures to the `validation.jsonl` beside a preview, at the preview's step."""
-    with open(preview.with_name("validation.jsonl"), "a") as log:
-        log.write(json.dumps({"step": int(preview.stem.split("-")[-1]), **figures}) + "\n")
+    _append(preview.with_name("validation.jsonl"), {"step": int(preview.stem.split("-")[-1]), **figures})
+
+
+def _append(file: Path, row: dict) -> None:
+    with open(file, "a") as log:
+        log.write(json.dumps(row) + "\n")
 
 
 def _precision(config: dict, device: str) -> str:
@@ -236,6 +218,33 @@ def _precision(config: dict, device: str) -> str:
     if config["mixed_precision"] != "auto":
         return config["mixed_precision"]
     return "bf16" if device in ("auto", "cuda") and torch.cuda.is_available() else "no"
+
+
+def _compile(objective: Objective, config: dict, accelerator: Accelerator) -> None:
+    """Compile the networks in place, which keeps the names of their weights, if the config or the device says so."""
+    backend = config["compile"]
+    if backend == "auto":
+        backend = "inductor" if accelerator.device.type == "cuda" else None
+    if backend is not None and getattr(objective, "same_shapes", True):
+        for module in objective.modules.values():
+            module.compile(backend=backend, dynamic=False)
+
+
+def _make_optimizer(config: dict, parameters: list[nn.Parameter], accelerator: Accelerator) -> torch.optim.Optimizer:
+    kinds = {"adamw": torch.optim.AdamW, "muon": MuonAdamW}
+    if config["optimizer"] not in kinds:
+        raise InputError(f"training config: optimizer is {config['optimizer']!r}, expected one of {', '.join(kinds)}.")
+    options = {"lr": config["lr"], "weight_decay": config["weight_decay"], "betas": (0.9, 0.99)}
+    if config["optimizer"] == "muon" and accelerator.mixed_precision == "bf16":
+        options["dtype"] = torch.bfloat16
+    return kinds[config["optimizer"]](parameters, **options)
+
+
+def _batches(dataset: Dataset, config: dict, seed: int, first_step: int) -> Iterator[list[Any]]:
+    """Lists of items, by the weights of the dataset if it has any, from `first_step` on and without end."""
+    weights = getattr(dataset, "weights", torch.ones(len(dataset), dtype=torch.float64))
+    sampler = _StepSampler(weights, config["batch_size"], seed, first_step)
+    return iter(DataLoader(dataset, batch_sampler=sampler, num_workers=config["num_workers"], collate_fn=list))
 
 
 def _attention_kernel(accelerator: Accelerator) -> AbstractContextManager:
@@ -289,6 +298,19 @@ def _save_state(output: Path, objective: Objective, ema: EMAModel, optimizer, st
     partial = output / "state.pt.part"
     torch.save(state, partial)
     partial.replace(output / "state.pt")
+
+
+@torch.no_grad()
+def _save_averaged(objective: Objective, ema: EMAModel, parameters: list, output: Path, preview: str | None) -> None:
+    """Write the components with averaged weights, and a preview by them if it has a name; training goes on with its own."""
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    objective.modules.eval()
+    _save_components(objective, output)
+    if preview is not None:
+        objective.preview(objective.modules, output / preview)
+    objective.modules.train()
+    ema.restore(parameters)
 
 
 def _save_components(objective: Objective, output: Path) -> None:

@@ -311,3 +311,19 @@ def test_a_solid_that_a_budget_would_open_is_refused(monkeypatch):
     )
     with pytest.raises(InputError, match="watertight within 100 faces. Allow more"):
         finish_mesh(trimesh.creation.icosphere(), 100, watertight=True)
+
+
+def test_a_volume_is_read_as_it_was_saved_and_nothing_else_is(tmp_path):
+    """Oracle: the volume itself; no file, a text and another program's tensors are refused with the file's name."""
+    from safetensors.torch import save_file
+
+    volume = SparseVolume(torch.tensor([[1, 2, 3]]), torch.tensor([0.01]), torch.tensor([[0.1, 0.2, 0.3]]), 8, 0.05)
+    volume.save(tmp_path / "a.safetensors")
+    again = SparseVolume.load(tmp_path / "a.safetensors")
+    assert torch.equal(again.coords, volume.coords) and torch.equal(again.sdf, volume.sdf)
+    assert torch.equal(again.colors, volume.colors) and (again.resolution, again.truncation) == (8, 0.05)
+    (tmp_path / "text").write_text("no tensors")
+    save_file({"coords": torch.zeros(1)}, tmp_path / "other")
+    for name in ("none", "text", "other"):
+        with pytest.raises(InputError, match=f"{name}: .*volume"):
+            SparseVolume.load(tmp_path / name)

@@ -76,14 +76,23 @@ class SparseVolume:
 
     @classmethod
     def load(cls, path: str | Path) -> SparseVolume:
-        """Read what `save` wrote; `InputError` if the file is another kind of safetensors."""
-        from safetensors import safe_open
+        """Read what `save` wrote.
 
-        with safe_open(str(path), framework="pt") as file:
-            meta = file.metadata() or {}
-            if not {"resolution", "truncation"} <= meta.keys():
-                raise InputError(f"{path}: is not a volume: its metadata lacks resolution and truncation.")
-            tensors = {key: file.get_tensor(key) for key in ("coords", "sdf", "colors")}
+        Raises:
+            InputError: If there is no such file, or it is none of those.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                meta = file.metadata() or {}
+                if not {"resolution", "truncation"} <= meta.keys():
+                    raise InputError(f"{path}: is not a volume: its metadata lacks resolution and truncation.")
+                tensors = {key: file.get_tensor(key) for key in ("coords", "sdf", "colors")}
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{path}: cannot be read as a volume ({error}). Pass what SparseVolume.save wrote."
+            ) from error
         return cls(
             tensors["coords"].long(),
             tensors["sdf"],

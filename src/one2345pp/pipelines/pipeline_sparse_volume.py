@@ -276,7 +276,8 @@ class SparseVolumeDiffusionPipeline(VolumeDenoisingMixin, SelfContainedMixin, Di
                 `[B, 4, X, Y, Z]`) or `"latent"` (the occupancy alone).
             return_dict (`bool`, *optional*, defaults to `True`): Return an output class instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, {"latents": ...})` after every
-                step of both diffusions; steps are counted through.
+                step of both diffusions; steps are counted through. If it sets `_interrupt` of the pipeline, each diffusion ends
+                with its last prediction, after one step at least.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): What it is given.
             normals (`list[PIL.Image.Image]` or a list of those, *optional*): Camera-space normals of the views as `(n + 1) / 2`, for
                 condition encoders that take them (`view_channels=7`).

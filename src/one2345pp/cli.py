@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from . import __version__
@@ -63,7 +65,7 @@ def build_parser() -> OneLineParser:
         "--text-to-image", metavar="MODEL", help="folder or Hub id of a diffusers text-to-image pipeline"
     )
     text = "degrees above the horizon from which the image looks, if known; otherwise the model estimates it, if it can"
-    generate.add_argument("--elevation", type=degrees, metavar="DEG", help=text)
+    generate.add_argument("--elevation", type=within(-90, 90, float), metavar="DEG", help=text)
     generate.add_argument("--background", choices=BACKGROUNDS, default="auto", help="how the object is cut out")
     generate.add_argument("--steps", type=positive, metavar="N", help="denoising steps of the six views")
     text = (
@@ -182,36 +184,20 @@ def _add_first_stages(kinds) -> None:
     kind("to-single-file", "FOLDER", "first stage, Stable Diffusion 2, or a whole chain", "FILE", text)
 
 
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+def within(low: float, high: float = math.inf, kind: type = int) -> Callable[[str], float]:
+    """A reader of numbers from `low` to `high`, for argparse."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+        return value
+
     return number
 
 
-def whole(text: str) -> int:
-    """An integer of at least 0 that fits 63 bits, as seeds do."""
-    number = int(text)
-    if not 0 <= number < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {2**63 - 1}")
-    return number
-
-
-def texels(text: str) -> int:
-    """Pixels along a side of a texture."""
-    number = int(text)
-    if not TEXTURE_SIZES[0] <= number <= TEXTURE_SIZES[1]:
-        raise argparse.ArgumentTypeError(f"{text} is not from {TEXTURE_SIZES[0]} to {TEXTURE_SIZES[1]}")
-    return number
-
-
-def degrees(text: str) -> float:
-    """An elevation."""
-    number = float(text)
-    if not -90 <= number <= 90:
-        raise argparse.ArgumentTypeError(f"{text} is not from -90 to 90")
-    return number
+positive, whole = within(1), within(0, 2**63 - 1)  # seeds have 63 bits
 
 
 def _add_shared(parser: argparse.ArgumentParser, dtype: str | None = "float32") -> None:
@@ -254,7 +240,7 @@ def _add_mesh(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--watertight", action="store_true", help="close the mesh, for printing")
     group.add_argument("--unlit", action="store_true", help="a .glb whose colours viewers show as they are")
     group.add_argument("--texture-steps", type=positive, metavar="N", help="steps of the texture refinement")
-    group.add_argument("--texture-size", type=texels, metavar="N", help="pixels")
+    group.add_argument("--texture-size", type=within(*TEXTURE_SIZES), metavar="N", help="pixels")
     text = "also write a picture (.png) or a turntable (.gif .mp4); several inputs: FILE-<stem>"
     group.add_argument("--preview", type=Path, metavar="FILE", help=text)
     text = "how the preview shows the mesh; given several times, a row or column for each; defaults to soft"

@@ -74,7 +74,9 @@ def export_mesh(mesh: trimesh.Trimesh, path: str | Path, roughness: float | None
     if not 0 <= roughness <= 1:
         raise InputError(f"roughness: got {roughness}, expected 0 to 1.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = writer(_bare(mesh), Surface(float(roughness), unlit), _plain_name(path))
+    files = writer(
+        _bare(mesh), Surface(float(roughness), unlit), _plain_name(path) if path.suffix.lower() == ".obj" else ""
+    )
     for name, data in files.items():  # the mesh itself comes last, so it never names a file that is not there
         target = path if name == "" else path.parent / name
         partial = target.with_name(f".{target.name}.part")

@@ -100,9 +100,8 @@ class VolumeDenoisingMixin:
             )
         scheduler.set_timesteps(num_steps, device=noise.device)
         timesteps, takes_generator = scheduler.timesteps, "generator" in inspect.signature(scheduler.step).parameters
-        rows, generators = [len(noise)], [generator]
-        if isinstance(generator, list):
-            rows, generators = counts, generator
+        rows, generators = (counts, generator) if isinstance(generator, list) else ([len(noise)], [generator])
+        extras = [{"generator": one} if takes_generator else {} for one in generators]
         # schedulers count their steps, and some remember them, so each sample has its own
         schedulers = [scheduler] if len(rows) == 1 else [copy.deepcopy(scheduler) for _ in rows]
         sample, x0 = noise * scheduler.init_noise_sigma, None
@@ -114,12 +113,9 @@ class VolumeDenoisingMixin:
                     s.scale_model_input(one, timestep) for s, one in zip(schedulers, sample.split(rows), strict=True)
                 ]
                 x0 = predict(torch.cat(scaled), timestep)
-                parts = zip(schedulers, x0.split(rows), sample.split(rows), generators, strict=True)
+                parts = zip(schedulers, x0.split(rows), sample.split(rows), extras, strict=True)
                 sample = torch.cat(
-                    [
-                        s.step(clean, timestep, noisy, **({"generator": one} if takes_generator else {})).prev_sample
-                        for s, clean, noisy, one in parts
-                    ]
+                    [s.step(clean, timestep, one, **extra).prev_sample for s, clean, one, extra in parts]
                 )
                 if on_step is not None:
                     sample = on_step(timestep, sample)

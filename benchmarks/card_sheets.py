@@ -8,50 +8,45 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+import harness
 import numpy as np
 from PIL import Image
-from reconstruct_val import cut, mesh_file, true_pictures
 
-from one2345pp.geometry.cameras import CameraRig
-from one2345pp.geometry.mesh import load_mesh, normalize_to_sphere
-from one2345pp.geometry.render import contact_sheet, orbit, render
+from one2345pp.geometry.mesh import load_mesh
+from one2345pp.geometry.render import orbit, render
+from one2345pp.geometry.views import DEFAULT_RIG
 
 
 SIZE = 80  # pixels
 VIEWS = (0, 2, 4)  # of the six
+EMPTY = np.zeros((SIZE, SIZE, 4), np.uint8)  # where there is no mesh, or no views
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = harness.make_parser(__doc__, "every")
+    parser.set_defaults(every=4)
     parser.add_argument("results", type=Path, metavar="OUT")
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--every", type=int, default=4)
-    args = parser.parse_args()
-    names = sorted(path.stem for path in (args.results / "gt").glob("*.glb"))[:: args.every]
+    args = harness.parse(parser, argv)
+    results = harness.Results(args.results)
     rows: dict[str, list] = {"reconstruct": [], "generate": []}
-    for name in names:
-        truth = normalize_to_sphere(load_mesh(args.results / "gt" / f"{name}.glb"))
-        sides = list(render(truth, orbit(4), 2 * SIZE))
-        image, views = true_pictures(truth, CameraRig.named("zero123plus-v1.2"), 2 * SIZE)
-        strip = args.results / "generated_views" / f"{name}.png"
-        drawn = cut(Image.open(strip)) if strip.exists() else [Image.new("RGB", (SIZE, SIZE))] * 6
-        rows["reconstruct"].append([*(views[i] for i in VIEWS), *mesh_sides(args.results, "reconstruct", name), *sides])
-        rows["generate"].append(
-            [image, *(drawn[i] for i in VIEWS), *mesh_sides(args.results, "generate", name), *sides]
-        )
+    for name in results.names[:: args.every]:
+        truth = results.truth(name).load()
+        strip = results.drawn_views(name)
+        drawn = harness.split_row(Image.open(strip)) if strip.exists() else [EMPTY] * 6
+        given = {
+            "reconstruct": [harness.true_views(truth, DEFAULT_RIG, 2 * SIZE)[i] for i in VIEWS],
+            "generate": [harness.front_picture(truth, 2 * SIZE), *(drawn[i] for i in VIEWS)],
+        }
+        for method, pictures in given.items():
+            path = results.mesh(method, name)
+            made = render(load_mesh(path), orbit(4), 2 * SIZE) if path.exists() else [EMPTY] * 4
+            rows[method].append([*pictures, *made, *render(truth, orbit(4), 2 * SIZE)])
     for method, sheet in rows.items():
-        contact_sheet(sheet, SIZE, gap=2).quantize(192).save(args.folder / f"val-{method}.png", optimize=True)
-
-
-def mesh_sides(results: Path, method: str, name: str) -> list[np.ndarray]:
-    """A predicted mesh from four sides, or nothing where there is none."""
-    path = mesh_file(results, method, name)
-    if not path.exists():
-        return [np.zeros((SIZE, SIZE, 4), np.uint8)] * 4
-    return list(render(load_mesh(path), orbit(4), 2 * SIZE))
+        harness.save_sheet(sheet, args.folder / f"val-{method}.png", SIZE, colors=192, gap=2)
 
 
 if __name__ == "__main__":

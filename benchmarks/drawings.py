@@ -8,46 +8,41 @@ compare with: the sheet, `OUT/drawings.png`, is to be looked at. `OUT/pictures` 
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import harness
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from one2345pp import One2345PlusPlusPipeline, default_checkpoint
 from one2345pp.errors import InputError
-from one2345pp.geometry.render import contact_sheet, orbit, render
+from one2345pp.geometry.render import orbit, render
 
 
 SIZE = 512
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--model", default=str(default_checkpoint()))
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = harness.make_parser(__doc__, "model", "limit", "seed", "threads")
+    parser.add_argument("output", type=Path, metavar="OUT")
+    args = harness.parse(parser, argv)
     folder = args.output / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    pipe = One2345PlusPlusPipeline.from_pretrained(args.model)
-    pipe.set_progress_bar_config(disable=True)
-    rows = []
-    for name, picture in pictures().items():
+    pipe, rows = harness.load_chain(args.model), []
+    for name, picture in harness.spread(list(pictures().items()), args.limit):
         picture.save(folder / f"{name}.png")
-        image = pipe.prepare_image(picture)
         try:
-            out = pipe(image, refine=False, generator=torch.Generator().manual_seed(0))
+            image = pipe.prepare_image(picture)
+            generator = torch.Generator().manual_seed(args.seed)
+            out = pipe(image, background="none", refine=False, generator=generator)
         except InputError as error:
-            print(f"{name}: {error}")
+            print(f"{name}: {error}", flush=True)
             continue
         rows.append([picture, image, *out.views[0], *render(out.meshes[0], orbit(4), 192)])
         print(name, flush=True)
-    contact_sheet(rows, 112).save(args.output / "drawings.png", optimize=True)
+    harness.save_sheet(rows, args.output / "drawings.png", 112)
 
 
 def pictures() -> dict[str, Image.Image]:

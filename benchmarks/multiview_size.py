@@ -1,113 +1,99 @@
-"""What stage 1 costs at full size, counted on shapes without running it: operations of its modes, and peak memory.
+"""What stage 1 costs at full size, counted on shapes without running it: operations of its passes, and peak memory.
 
     python benchmarks/multiview_size.py [--config configs/multiview-full.json] [--dtype float16] [--output REPORT.json]
 
-Operations are those of matrix products, convolutions and attention in the denoising loop; modes as in `benchmarks/multiview.py`.
+Operations are those of matrix products, convolutions and attention in a denoising step, with guidance and without.
 Memory is weights and live tensors, attention without its matrix (as flash attention computes it), without the workspaces of libraries:
 of each network as it works, so that the largest is the peak under `enable_model_cpu_offload`, and with all weights on the device.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
+import harness
 import torch
 import torch.nn.functional as F
-from multiview import whole_reference_pass
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from one2345pp.models.attention_reference import reference_attention
-from one2345pp.pipelines.tiles import COLUMNS, ROWS
+from one2345pp.geometry.tile import COLUMNS, ROWS
+from one2345pp.models.attention_reference import ReferenceAttention, reference_attention
 from one2345pp.training.components import build_text_encoder, build_unet, build_vae, build_vision_encoder
 
 
+BUILDERS = {
+    "text_encoder": build_text_encoder,
+    "vision_encoder": build_vision_encoder,
+    "vae": build_vae,
+    "unet": build_unet,
+}
 MEBIBYTE = 2**20
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = harness.make_parser(__doc__, "report")
+    parser.add_argument("--config", type=Path, default=Path("configs/multiview-full.json"))
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--reference-size", type=int, default=320, help="pixels along the side of the input picture")
+    args = harness.parse(parser, argv)
     config = json.loads(args.config.read_text())
     with torch.device("meta"):
-        parts = {
-            name: build(config).to(getattr(torch, args.dtype)).eval()
-            for name, build in {
-                "text_encoder": build_text_encoder,
-                "vision_encoder": build_vision_encoder,
-                "vae": build_vae,
-                "unet": build_unet,
-            }.items()
-        }
+        parts = {name: build(config["components"][name]) for name, build in BUILDERS.items()}
+    parts = {name: part.to(getattr(torch, args.dtype)).eval() for name, part in parts.items()}
     with torch.no_grad():
         report = {
             "dtype": args.dtype,
             "operations": count_operations(parts, config, args.reference_size),
             "mebibytes": measure_memory(parts, config, args.reference_size),
         }
-    print(json.dumps(report, indent=1))
-    if args.output is not None:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    harness.write_report(report, args.output)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/multiview-full.json"))
-    parser.add_argument("--dtype", default="float16")
-    parser.add_argument("--reference-size", type=int, default=320, help="pixels along the side of the input picture")
-    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
-    return parser.parse_args()
-
-
-def inputs(parts: dict[str, nn.Module], config: dict, side: int) -> tuple[Callable, Callable]:
-    """Arguments of the UNet on the reference and on the tile, for so many branches."""
+def passes_of(
+    passes: ReferenceAttention, parts: dict[str, nn.Module], config: dict, side: int
+) -> tuple[Callable, Callable]:
+    """The passes over the reference and over the tile, to be called with the number of branches."""
     factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
-    channels, width = parts["unet"].config.in_channels, parts["unet"].config.cross_attention_dim
-    tokens, dtype = config["components"]["text_encoder"]["max_position_embeddings"], parts["unet"].dtype
-    view = config["view_size"] // factor
+    unet, view = parts["unet"], config["view_size"] // factor
+    tokens = config["components"]["text_encoder"]["max_position_embeddings"]
 
-    def make(height: int, wide: int, branches: int):
-        empty = {"device": "meta", "dtype": dtype}
-        step = torch.empty((), device="meta", dtype=torch.long)
-        return (
-            torch.empty(branches, channels, height, wide, **empty),
-            step,
-            torch.empty(branches, tokens, width, **empty),
-        )
+    def pass_over(work: Callable, height: int, width: int) -> Callable[[int], None]:
+        def run(branches: int) -> None:
+            empty = {"device": "meta", "dtype": unet.dtype}
+            latents = torch.empty(branches, unet.config.in_channels, height, width, **empty)
+            context = torch.empty(branches, tokens, unet.config.cross_attention_dim, **empty)
+            timestep, label = torch.empty((2, 1), device="meta", dtype=torch.long)
+            work(latents, timestep, context, class_labels=label)
 
-    return lambda n: make(side // factor, side // factor, n), lambda n: make(ROWS * view, COLUMNS * view, n)
+        return run
+
+    reference = pass_over(passes.write, side // factor, side // factor)
+    return reference, pass_over(passes.read, ROWS * view, COLUMNS * view)
 
 
-def count_operations(parts: dict[str, nn.Module], config: dict, side: int) -> dict:
-    """10^12 operations of each pass, and of a step in each mode as a share of the plain loop's."""
-    reference, tile = inputs(parts, config, side)
+def count_operations(parts: dict[str, nn.Module], config: dict, side: int) -> dict[str, float]:
+    """10^12 operations of each pass over the UNet, and of a step."""
 
-    def count(run: Callable) -> float:
+    def count(run: Callable, branches: int) -> float:
         with FlopCounterMode(display=False) as counter:
-            run()
+            run(branches)
         return counter.get_total_flops() / 1e12
 
+    figures = {}
     with reference_attention(parts["unet"]) as passes:
-        write = count(lambda: passes.write(*reference(2)))
-        both, one = (count(lambda n=n: passes.read(*tile(n))) for n in (2, 1))
-        with whole_reference_pass():
-            whole = count(lambda: passes.write(*reference(2)))
-    plain = whole + both
-    shares = {"plain": 1.0, "exact": (write + both) / plain}
-    shares |= {f"reuse {n}": (write + both + (n - 1) * one) / (n * plain) for n in (2, 3, 4)}
-    return {
-        "reference pass": write,
-        "reference pass to its end": whole,
-        "tile pass, both branches": both,
-        "tile pass, one": one,
-        "shares": shares,
-    }
+        write, read = passes_of(passes, parts, config, side)
+        for kind, branches in (("guided", 2), ("not guided", 1)):
+            reference, tile = count(write, branches), count(read, branches)
+            figures[f"reference pass, {kind}"], figures[f"tile pass, {kind}"] = reference, tile
+            figures[f"step, {kind}"] = reference + tile
+    return figures
 
 
 class LiveTensors(TorchDispatchMode):
@@ -144,15 +130,15 @@ class LiveTensors(TorchDispatchMode):
 
 def measure_memory(parts: dict[str, nn.Module], config: dict, side: int) -> dict:
     """MiB of weights and of live tensors of each network at work."""
-    reference, tile = inputs(parts, config, side)
     vae, unet, dtype = parts["vae"], parts["unet"], parts["unet"].dtype
 
-    def denoise():
+    def denoise() -> None:
         with reference_attention(unet) as passes:
-            passes.write(*reference(2))
-            passes.read(*tile(2))
+            for run in passes_of(passes, parts, config, side):
+                run(2)
 
-    latents = tile(1)[0]
+    view = config["view_size"] // 2 ** (len(vae.config.block_out_channels) - 1)
+    latents = torch.empty(1, vae.config.latent_channels, ROWS * view, COLUMNS * view, device="meta", dtype=dtype)
     pixels = torch.empty(2, vae.config.in_channels, side, side, device="meta", dtype=dtype)
     work = {
         "unet": (unet, denoise),

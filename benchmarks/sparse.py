@@ -16,48 +16,54 @@ several calls without gradients, in float32. Columns of the table:
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
+import harness
 import psutil
 import torch
 import torch.nn.functional as F
 
 from one2345pp.errors import InputError
-from one2345pp.models.sparse import SparseGrid, SparseTensor
+from one2345pp.models.sparse import SparseGrid
 from one2345pp.models.sparse.functional import submanifold_conv3d
 from one2345pp.models.sparse.spconv_backend import run_spconv
 
 
-def main() -> None:
-    args = parse_arguments()
-    rows = []
-    print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
-    with torch.no_grad():
-        for voxels in args.voxels:
-            for channels in args.channels:
-                rows.append(measure(voxels, channels, args))
-                print(format_row(rows[-1]), flush=True)
-    if args.output is not None:
-        args.output.write_text(
-            json.dumps({"torch": torch.__version__, "threads": args.threads, "rows": rows}, indent=1)
-        )
+COLUMNS = {
+    "voxels": "{:,}",
+    "side": "{}",
+    "channels": "{}",
+    "seconds": "{:.4f}",
+    "ours": "{:.0f}",
+    "product": "{:.0f}",
+    "share": "{:.0%}",
+    "dense": "{:.1f}",
+    "spconv": "{:.2f}",
+    "spconv_all": "{:.2f}",
+    "map": "{:.3f}",
+    "scratch": "{:.0f}",
+}
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = harness.make_parser(__doc__, "threads", "report")
     parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--voxels", type=int, nargs="+", default=[10_000, 50_000, 200_000, 1_000_000])
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch, except beside spconv")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dense-gib", type=float, default=2.0, help="largest dense grid that is tried")
-    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
-    return parser.parse_args()
+    args = harness.parse(parser, argv)
+    rows = []
+    for voxels in args.voxels:
+        for channels in args.channels:
+            print(f"{voxels:,} voxels, {channels} channels", flush=True)
+            rows.append(measure(voxels, channels, args))
+    cells = [[form.format(row[name]) if name in row else None for name, form in COLUMNS.items()] for row in rows]
+    report = {"torch": torch.__version__, "threads": args.threads, "rows": rows}
+    harness.write_report(report, args.output, harness.table(list(COLUMNS), cells))
 
 
 def shell(voxels: int) -> SparseGrid:
@@ -79,9 +85,9 @@ def operands(grid: SparseGrid, channels: int) -> tuple[torch.Tensor, torch.Tenso
     return torch.randn(len(grid), channels, generator=rng), weight
 
 
+@torch.no_grad()
 def measure(voxels: int, channels: int, args: argparse.Namespace) -> dict:
     """One row of the table."""
-    torch.set_num_threads(args.threads)
     grid = shell(voxels)
     start = time.perf_counter()
     grid.neighbors  # noqa: B018, built on access
@@ -96,7 +102,9 @@ def measure(voxels: int, channels: int, args: argparse.Namespace) -> dict:
     row |= {"seconds": ours, "ours": rate / 1e9, "product": product / 1e9, "share": rate / product}
 
     if 3 * grid.resolution**3 * channels * 4 < args.dense_gib * 2**30:
-        dense = SparseTensor(features, grid).dense()
+        dense = torch.zeros(1, channels, *[grid.resolution] * 3)
+        x, y, z = grid.coords[:, 1:].unbind(1)
+        dense[0, :, x, y, z] = features.T
         row["dense"] = seconds(lambda: F.conv3d(dense, weight, padding=1), max(args.repeats // 2, 1)) / ours
 
     torch.set_num_threads(1)
@@ -143,26 +151,6 @@ def scratch(work: Callable[[], torch.Tensor]) -> float:
     done.set()
     watcher.join()
     return max(peak - before - output.nbytes, 0) / 2**20
-
-
-COLUMNS = {
-    "voxels": "{:,}",
-    "side": "{}",
-    "channels": "{}",
-    "seconds": "{:.4f}",
-    "ours": "{:.0f}",
-    "product": "{:.0f}",
-    "share": "{:.0%}",
-    "dense": "{:.1f}",
-    "spconv": "{:.2f}",
-    "spconv_all": "{:.2f}",
-    "map": "{:.3f}",
-    "scratch": "{:.0f}",
-}
-
-
-def format_row(row: dict) -> str:
-    return "| " + " | ".join(form.format(row[name]) if name in row else "" for name, form in COLUMNS.items()) + " |"
 
 
 if __name__ == "__main__":

@@ -10,35 +10,38 @@ of the example included, and that of the child that unwraps, which the system co
 from __future__ import annotations
 
 import argparse
-import json
 import resource
-import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
+import harness
 import numpy as np
 import torch
 import trimesh
-from PIL import Image
 
-from one2345pp import CameraRig, TextureRefinementPipeline
+from one2345pp import TextureRefinementPipeline, Views
 from one2345pp.data.shapes import shape
 from one2345pp.geometry.atlas import unwrap
 from one2345pp.geometry.extract import finish_mesh, volume_to_mesh
 from one2345pp.geometry.mesh import normalize_to_sphere
 from one2345pp.geometry.rasterize import rasterize
 from one2345pp.geometry.render import render
+from one2345pp.geometry.views import DEFAULT_RIG
+from one2345pp.geometry.volume import TRUNCATION_CELLS
 from one2345pp.geometry.voxelize import SurfaceCloud
 
 
-def main() -> None:
-    args = parse_arguments()
-    torch.set_num_threads(args.threads)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = harness.make_parser(__doc__, "threads", "report")
+    parser.add_argument("--faces", type=int, default=40_000)
+    parser.add_argument("--size", type=int, default=320, help="pixels along a side of the views")
+    parser.add_argument("--texture-size", type=int, default=1024, help="pixels along a side of the texture")
+    parser.add_argument("--steps", type=int, default=100, help="of the fit")
+    args = harness.parse(parser, argv)
     truth, mesh = example(args.faces)
-    rig = CameraRig.named("zero123plus-v1.2")
-    views = [Image.fromarray(view) for view in render(truth, rig, args.size, shading="none")]
-    before = peak_memory(resource.RUSAGE_SELF)
-    painted, seconds = refine(mesh, views, rig, args)
+    views = harness.true_views(truth, DEFAULT_RIG, args.size, shading="none")
+    before = harness.peak_memory()
+    painted, seconds = refine(mesh, views, args)
     report = {
         "faces": len(mesh.faces),
         "views": [len(views), args.size],
@@ -47,42 +50,26 @@ def main() -> None:
         "seconds": seconds,
         "mebibytes": {
             "before": before,
-            "peak": peak_memory(resource.RUSAGE_SELF),
-            "peak of the child": peak_memory(resource.RUSAGE_CHILDREN),
+            "peak": harness.peak_memory(),
+            "peak of the child": harness.peak_memory(resource.RUSAGE_CHILDREN),
         },
-        "psnr": {"before": psnr(mesh, views, rig, args.size), "after": psnr(painted, views, rig, args.size)},
+        "psnr": {"before": psnr(mesh, views), "after": psnr(painted, views)},
     }
-    text = json.dumps(report, indent=1)
-    print(text)
-    if args.output is not None:
-        args.output.write_text(text + "\n")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faces", type=int, default=40_000)
-    parser.add_argument("--size", type=int, default=320, help="pixels along a side of the views")
-    parser.add_argument("--texture-size", type=int, default=1024, help="pixels along a side of the texture")
-    parser.add_argument("--steps", type=int, default=100, help="of the fit")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
-    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
-    return parser.parse_args()
+    harness.write_report(report, args.output)
 
 
 def example(faces: int) -> tuple[trimesh.Trimesh, trimesh.Trimesh]:
     """A mug with its true colours, and the coloured mesh of a fine volume of it, decimated to `faces`."""
     truth = normalize_to_sphere(shape("mug"))
-    resolution = 128
+    cloud, resolution = SurfaceCloud.from_mesh(truth), 64
     while True:  # finer, until there is something to decimate
-        mesh = volume_to_mesh(SurfaceCloud.from_mesh(truth).volume(resolution, 3.2 / resolution))
+        mesh = volume_to_mesh(cloud.volume(resolution, TRUNCATION_CELLS / resolution))
         if len(mesh.faces) >= faces:
             return truth, finish_mesh(mesh, faces)
         resolution += 64
 
 
-def refine(
-    mesh: trimesh.Trimesh, views: list[Image.Image], rig: CameraRig, args: argparse.Namespace
-) -> tuple[trimesh.Trimesh, dict[str, float]]:
+def refine(mesh: trimesh.Trimesh, views: Views, args: argparse.Namespace) -> tuple[trimesh.Trimesh, dict[str, float]]:
     """The painted mesh, and the seconds of each step of the pipeline's call, of all, and of the ray casting alone."""
     pipe, generator = TextureRefinementPipeline(), torch.Generator().manual_seed(0)
     pipe.set_progress_bar_config(disable=True)
@@ -95,28 +82,19 @@ def refine(
         return result
 
     atlas = timed("unwrap", unwrap, mesh, args.texture_size)
-    visibility, seen = timed("observe", pipe.observe, mesh, views, rig)
+    visibility, seen = timed("observe", pipe.observe, mesh, views)
     prior = timed("sample the prior", pipe.sample_prior, mesh, visibility, generator)
     field = timed("fit", pipe.fit, mesh, seen, prior, args.steps, generator)
     painted = timed("bake", pipe.bake, mesh, atlas, field, visibility, args.texture_size)
     seconds["all"] = round(sum(seconds.values()), 3)
-    timed("of it ray casting", rasterize, mesh, rig, args.size)
+    timed("of it ray casting", rasterize, mesh, views.rig, args.size)
     return painted, seconds
 
 
-def peak_memory(who: int) -> int:
-    """Peak resident memory in MiB of this process or of its largest child."""
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes, or KiB
-    return resource.getrusage(who).ru_maxrss * unit // 2**20
-
-
-def psnr(mesh: trimesh.Trimesh, views: list[Image.Image], rig: CameraRig, size: int) -> float:
+def psnr(mesh: trimesh.Trimesh, views: Views) -> float:
     """Of the mesh's own pictures against the views, where both show the object."""
-    found = render(mesh, rig, size, shading="none").astype(np.float64)
-    wanted = np.stack([np.asarray(view, np.float64) for view in views])
-    both = (found[..., 3] == 255) & (wanted[..., 3] == 255)
-    error = np.square(found[both][:, :3] - wanted[both][:, :3]).mean()
-    return round(float(10 * np.log10(255**2 / error)), 2)
+    wanted = np.stack([np.asarray(view) for view in views])
+    return harness.psnr_inside(render(mesh, views.rig, wanted.shape[1], shading="none"), wanted)
 
 
 if __name__ == "__main__":

@@ -14,113 +14,88 @@ volume stage sees lit ones, as it was trained). Drawn views have the light that 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-from pathlib import Path
+from collections.abc import Sequence
 
+import harness
 import numpy as np
 import torch
 import trimesh
-from PIL import Image
-from reconstruct_val import true_pictures
 
-from one2345pp import CameraRig, One2345PlusPlusPipeline, default_checkpoint
+from one2345pp import One2345PlusPlusPipeline
 from one2345pp.errors import InputError
-from one2345pp.evaluation.metrics import MAX_PSNR, image_metrics
+from one2345pp.evaluation.metrics import image_metrics
 from one2345pp.geometry.extract import volume_to_mesh
-from one2345pp.geometry.mesh import load_mesh, normalize_to_sphere
-from one2345pp.geometry.render import contact_sheet, orbit, render
+from one2345pp.geometry.render import orbit, render
+from one2345pp.geometry.views import DEFAULT_RIG
 from one2345pp.geometry.voxelize import SurfaceCloud
 
 
-RIG = CameraRig.named("zero123plus-v1.2")
 SHEET_ROWS = 12
 
 
-def main() -> None:
-    args = parse_arguments()
-    torch.set_num_threads(args.threads)
-    with args.index.open(newline="") as file:
-        names = sorted(row["name"] for row in csv.DictReader(file) if row["split"] == args.split)[:: args.every]
-    pipe = One2345PlusPlusPipeline.from_pretrained(args.model)
-    pipe.set_progress_bar_config(disable=True)
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    pipe = harness.load_chain(args.model)
+    objects = sorted(harness.held_out_objects(args.objects, args.index), key=lambda one: one.name)
     rows, sheet = {}, []
-    for name in names:
-        truth = normalize_to_sphere(load_mesh(args.objects / f"{name}.glb"))
+    for one in objects[:: args.every]:
+        truth = one.load()
         try:
             before, after = refine(pipe, truth, args)
         except InputError as error:
-            print(f"{name}: {error}", flush=True)
+            print(f"{one.name}: {error}", flush=True)
             continue
-        rig = orbit(12)
-        pictures = [render(mesh, rig, args.size, shading="none") for mesh in (truth, before, after)]
-        rows[name] = {
-            stage: compare(p, pictures[0]) for stage, p in zip(("before", "after"), pictures[1:], strict=True)
-        }
-        print(f"{name}: {rows[name]}", flush=True)
+        pictures = [render(mesh, orbit(12), args.size, shading="none") for mesh in (truth, before, after)]
+        rows[one.name] = {"before": compare(pictures[1], pictures[0]), "after": compare(pictures[2], pictures[0])}
+        print(f"{one.name}: {rows[one.name]}", flush=True)
         if len(sheet) < SHEET_ROWS:
-            sheet.append([Image.fromarray(p[view]) for view in (1, 7) for p in pictures])
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "texture.json").write_text(json.dumps(rows, indent=1) + "\n")
-    contact_sheet(sheet, 160).save(args.output / "texture.png")
-    write_table(rows, args)
+            sheet.append([seen[view] for view in (1, 7) for seen in pictures])
+    harness.save_sheet(sheet, args.output / "texture.png", 160)
+    means = {stage: harness.mean([row[stage] for row in rows.values()]) for stage in ("before", "after")}
+    text = harness.table(["mesh", *means["before"]], [[f"{s} refinement", *m.values()] for s, m in means.items()])
+    kind = "drawn views" if args.drawn else "true views" + args.exact * " and volumes"
+    harness.write_report(rows, args.output / "texture.json", text + f"\n{len(rows)} objects, {kind}\n")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objects", type=Path, required=True, help="folder of NAME.glb")
-    parser.add_argument("--index", type=Path, required=True, help="CSV with the columns name, split")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--model", default=str(default_checkpoint()))
-    parser.add_argument("--every", type=int, default=1, help="every k-th object in alphabetical order")
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = harness.make_parser(__doc__, "objects", "index", "output", "model", "every", "seed", "threads")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--drawn", action="store_true", help="views that the first stage draws")
     source.add_argument("--exact", action="store_true", help="the mesh of the true volume, and true views")
     parser.add_argument("--size", type=int, default=320, help="pixels of true views, and of those compared")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args()
+    return harness.parse(parser, argv)
 
 
-def refine(pipe: One2345PlusPlusPipeline, truth: trimesh.Trimesh, args) -> tuple[trimesh.Trimesh, trimesh.Trimesh]:
+def refine(
+    pipe: One2345PlusPlusPipeline, truth: trimesh.Trimesh, args: argparse.Namespace
+) -> tuple[trimesh.Trimesh, trimesh.Trimesh]:
     """The object's mesh before and after refinement."""
-    image, views = true_pictures(truth, RIG, args.size)
+    image = harness.front_picture(truth, args.size)
     generator = torch.Generator().manual_seed(args.seed)
     if args.drawn:
-        out = pipe(image, generator=generator)
+        out = pipe(image, background="none", generator=generator)
         return out.coarse_meshes[0], out.meshes[0]
     if args.exact:
         resolution = 2 * pipe.volume.occupancy_unet.config.sample_size
         coarse = volume_to_mesh(SurfaceCloud.from_mesh(truth).volume(resolution, pipe.volume.config.truncation))
     else:
-        coarse = pipe.volume(views, cameras=RIG, image=image, generator=generator).meshes[0]
-    unlit = [Image.fromarray(view) for view in render(truth, RIG, args.size, shading="none")]
-    return coarse, pipe.texture(coarse, unlit, cameras=RIG, generator=generator).meshes[0]
+        views = harness.true_views(truth, DEFAULT_RIG, args.size)
+        call = {"image": image, "background": "none", "refine": False, "generator": generator}
+        coarse = pipe.reconstruct(views, **call).meshes[0]
+    unlit = harness.true_views(truth, DEFAULT_RIG, args.size, shading="none")
+    return coarse, pipe.texture.paint(coarse, unlit, generator=generator)
 
 
-def compare(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Of renders `[V, S, S, 4]`; `psnr_inside` over the pixels that both cover."""
+def compare(
+    found: np.ndarray,  # [V, S, S, 4] uint8
+    truth: np.ndarray,  # [V, S, S, 4] uint8
+) -> dict[str, float]:
     whole = image_metrics(found, truth)
-    both = (found[..., 3] == 255) & (truth[..., 3] == 255)
-    error = np.square(found[both][:, :3] / 255.0 - truth[both][:, :3] / 255.0).mean() if both.any() else 1.0
     return {
         "mask_iou": whole["mask_iou"],
         "psnr": whole["psnr"],
-        "psnr_inside": float(min(-10 * np.log10(max(error, 1e-12)), MAX_PSNR)),
+        "psnr_inside": harness.psnr_inside(found, truth),
     }
-
-
-def write_table(rows: dict[str, dict], args) -> None:
-    columns = ("mask_iou", "psnr", "psnr_inside")
-    lines = ["| " + " | ".join(("mesh", *columns)) + " |", "|" + " --- |" * 4]
-    for stage in ("before", "after"):
-        means = (np.mean([row[stage][column] for row in rows.values()]) for column in columns)
-        lines.append(f"| {stage} refinement | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
-    kind = "drawn views" if args.drawn else "true views" + args.exact * " and volumes"
-    text = "\n".join(lines) + f"\n\n{len(rows)} objects, {kind}\n"
-    (args.output / "texture.md").write_text(text)
-    print(text)
 
 
 if __name__ == "__main__":

@@ -9,44 +9,38 @@ voxels are a sphere's shell, three coarse cells thick and of half the cube's wid
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
-import resource
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import harness
 import torch
 
 from one2345pp import CameraRig, ConditionEncoder, OccupancyUNet3DModel, SparseUNet3DModel
-from one2345pp.models.condition_encoder import ViewBatch, project_pixels
+from one2345pp.geometry.views import DEFAULT_RIG
+from one2345pp.models.condition_encoder import project_pixels
 from one2345pp.models.sparse import SparseGrid
+from one2345pp.models.view_batch import ViewBatch
 
 
-def main() -> None:
-    args = parse_arguments()
-    rows = []
-    context = multiprocessing.get_context("spawn")
+PATCH = 14  # pixels along a side of a patch of DINOv2
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = harness.make_parser(__doc__, "threads", "report")
+    parser.add_argument("configs", type=Path, nargs="+", help="configs of train occupancy or train sparse")
+    parser.add_argument("--scales", type=int, nargs="+", default=[1], help="multiply every grid's resolution")
+    args = harness.parse(parser, argv)
+    context, rows = multiprocessing.get_context("spawn"), []
     for file in args.configs:
+        config = json.loads(file.read_text())
         for scale in args.scales:
-            config = json.loads(file.read_text())
             with context.Pool(1) as pool:  # a process each, so that peaks are its own
                 rows.append({"config": file.stem, **pool.apply(measure, (config, scale, args.threads))})
             print(json.dumps(rows[-1]), flush=True)
-    if args.output is not None:
-        args.output.write_text(
-            json.dumps({"torch": torch.__version__, "threads": args.threads, "rows": rows}, indent=1)
-        )
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", type=Path, nargs="+", help="configs of train occupancy or train sparse")
-    parser.add_argument("--scales", type=int, nargs="+", default=[1], help="multiply every grid's resolution")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
-    return parser.parse_args()
+    harness.write_report({"torch": torch.__version__, "threads": args.threads, "rows": rows}, args.output)
 
 
 @torch.no_grad()
@@ -58,7 +52,7 @@ def measure(config: dict, scale: int, threads: int) -> dict:
     torch.manual_seed(0)
     unet = (SparseUNet3DModel if sparse else OccupancyUNet3DModel)(**config["unet"] | {"sample_size": side}).eval()
     condition = ConditionEncoder(**config["condition"] | {"resolution": side, "sparse": sparse}).eval()
-    before = peak_mebibytes()
+    before = harness.peak_memory()
     views = random_views(condition)
     grid = shell(side) if sparse else None
     vector = torch.randn(1, config["unet"]["global_channels"])
@@ -76,16 +70,23 @@ def measure(config: dict, scale: int, threads: int) -> dict:
         "parameters": sum(p.numel() for p in unet.parameters()),
         "condition_seconds": round(middle - start, 2),
         "step_seconds": round(end - middle, 2),
-        "mebibytes": peak_mebibytes() - before,
+        "mebibytes": harness.peak_memory() - before,
     }
 
 
 def random_views(condition: ConditionEncoder) -> ViewBatch:
     """Six views of noise with the features that the encoder takes."""
     size, channels = condition.config.image_size, condition.config.patch_channels
-    patches = torch.randn(1, 6, channels, size // 14, size // 14) if channels else None
-    images = torch.rand(1, 6, condition.config.view_channels, size, size) * 2 - 1
-    return ViewBatch.make(images, [CameraRig.named("zero123plus-v1.2")], patches)
+    patches = torch.randn(1, 6, channels, size // PATCH, size // PATCH) if channels else None
+    rig = CameraRig.named(DEFAULT_RIG)
+    return ViewBatch(
+        images=torch.rand(1, 6, condition.view_channels, size, size) * 2 - 1,
+        world_to_camera=rig.world_to_camera[None],
+        tan_half_fov=rig.tan_half_fov[None],
+        half_width=rig.half_width[None],
+        present=torch.ones(1, 6, dtype=torch.bool),
+        patches=patches,
+    )
 
 
 def shell(side: int) -> SparseGrid:
@@ -95,11 +96,6 @@ def shell(side: int) -> SparseGrid:
     distance = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2).sqrt()
     occupied = (distance - coarse / 4).abs() < 1.5
     return SparseGrid(occupied[None].nonzero(), coarse, 1).subdivided()
-
-
-def peak_mebibytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes, or KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
 
 
 if __name__ == "__main__":

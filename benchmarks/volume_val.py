@@ -3,52 +3,49 @@
     python benchmarks/volume_val.py --data PREPARED --output OUT [--model CHECKPOINT] [--drawn]
 
 `PREPARED` is what `one2345pp prepare --frames 1` made of held-out objects. The views are true ones, or with `--drawn` those that the
-checkpoint's first stage draws of the first input picture. Columns of the table:
+checkpoint's first stage draws of the first input picture, once and without the picture's guide. Columns of the table:
 
 - `iou`, `precision`, `recall`: of the coarse shell occupancy, at its own resolution.
-- `distance`, `color`: error of the fine stage on the true support, in truncation distances and dB.
-- `f_true`, `f_predicted`: F-score at 0.02 and 0.05 of the longest side between the mesh of the true volume and that of the fine
-  stage on the true and on the predicted support; what `f_predicted` lacks of `f_true` is the occupancy's share of the loss.
+- `distance`, `color`: error of the sparse diffusion on the true support, in truncation distances and dB.
+- `f_true`, `f_predicted`: F-score at 0.02 and 0.05 of the longest side between the mesh of the true volume and that of the stage
+  on the true and on the predicted support; what `f_predicted` lacks of `f_true` is the occupancy's share of the loss.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import harness
 import numpy as np
 import torch
 import trimesh
 from PIL import Image
 from torch import Tensor
 
-from one2345pp import One2345PlusPlusPipeline, default_checkpoint
+from one2345pp import One2345PlusPlusPipeline, SparseVolume, Views
 from one2345pp.data.dataset import PreparedDataset
 from one2345pp.data.prepare import RIGS
 from one2345pp.errors import InputError
 from one2345pp.evaluation.metrics import SurfacePoints, surface_metrics
 from one2345pp.geometry.extract import volume_to_mesh
-from one2345pp.geometry.volume import SparseVolume
-from one2345pp.models.sparse import SparseGrid
-from one2345pp.training.occupancy import shell_occupancy
-from one2345pp.training.sparse import subdivide
-from one2345pp.training.volume import DEFAULTS as VOLUME_DEFAULTS
+from one2345pp.training.occupancy import OccupancySettings, shell_occupancy
 
 
-def main() -> None:
-    args = parse_arguments()
-    torch.set_num_threads(args.threads)
-    pipe = One2345PlusPlusPipeline.from_pretrained(args.model)
-    pipe.set_progress_bar_config(disable=True)
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    pipe = harness.load_chain(args.model)
+    pipe.guide = None  # the networks alone, on one drawing
     prepared = PreparedDataset(args.data)
-    count = min(args.limit or len(prepared), len(prepared))
-    start, rows = time.perf_counter(), []
-    for index in [i * len(prepared) // count for i in range(count)]:
+    start, rows, tiers, objects = time.perf_counter(), [], [], []
+    for index in harness.spread(range(len(prepared)), args.limit):
         item = prepared[index]
-        with torch.no_grad():
-            rows.append({"name": item["name"], "tier": item["tier"], **measure(pipe, item, prepared, args)})
+        rows.append(measure(pipe, item, prepared.truncation, args))
+        tiers.append(item["tier"])
+        objects.append({"name": item["name"], "tier": item["tier"], **rows[-1]})
+        print(item["name"], flush=True)
     report = {
         "settings": {
             "rig": args.rig,
@@ -57,112 +54,112 @@ def main() -> None:
             "seed": args.seed,
             "points": args.points,
         },
-        "seconds": (time.perf_counter() - start) / count,
-        "objects": rows,
+        "seconds": (time.perf_counter() - start) / len(rows),
+        "objects": objects,
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "volume.json").write_text(json.dumps(report, indent=1) + "\n")
-    write_table(rows, report, args.output / "volume.md")
+    groups = {"all": rows} | harness.by_tier(rows, tiers)
+    lines = [[name, len(group), *harness.mean(group).values()] for name, group in groups.items()]
+    text = harness.table(["objects", "number", *rows[0]], lines)
+    text += f"\n{report['settings']}, {report['seconds']:.1f} s an object\n"
+    harness.write_report(report, args.output / "volume.json", text)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = harness.make_parser(__doc__, "output", "model", "limit", "seed", "threads")
     parser.add_argument("--data", type=Path, required=True, help="frames of held-out objects")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--model", default=str(default_checkpoint()))
     parser.add_argument("--rig", choices=RIGS, default=RIGS[0], help="cameras of the true views")
     parser.add_argument("--drawn", action="store_true", help="views that the first stage draws")
     parser.add_argument("--occupancy-steps", type=int, help="default: the checkpoint's")
     parser.add_argument("--sparse-steps", type=int, help="default: the checkpoint's")
-    parser.add_argument("--limit", type=int, help="only so many objects, spread over the set")
     parser.add_argument("--points", type=int, default=20_000, help="samples of each surface")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args()
+    return harness.parse(parser, argv)
 
 
-def measure(pipe: One2345PlusPlusPipeline, item: dict, prepared: PreparedDataset, args) -> dict[str, float]:
+def measure(pipe: One2345PlusPlusPipeline, item: dict, truncation: float, args: argparse.Namespace) -> dict[str, float]:
     """All columns of one object; F-scores are 0 where there is no surface."""
-    volume, generator = pipe.drawn_volume if args.drawn else pipe.volume, torch.Generator().manual_seed(args.seed)
-    sparse_steps = args.sparse_steps or volume.config.default_num_sparse_steps
+    sdf, coords = item["sdf"].float() / 127, item["coords"]  # in truncation distances
+    colors = torch.zeros(*sdf.shape, 3)
+    cells = coords.unbind(1)
+    colors[cells] = item["colors"].float() / 255
+    true_mesh = volume_to_mesh(SparseVolume(coords, sdf[cells] * truncation, colors[cells], len(sdf), truncation))
+    shell = shell_occupancy(sdf[None], OccupancySettings().occupancy_threshold / (truncation * len(sdf)))
+    support = shell[None].float() * 2 - 1
+    stage, (picture, views) = pipe.drawn_volume if args.drawn else pipe.volume, given(pipe, item, args)
+    if (side := stage.occupancy_unet.config.sample_size) != shell.shape[-1]:
+        raise InputError(f"{args.data}: was prepared at {len(sdf)}^3, expected {2 * side}^3, as the checkpoint draws.")
+
+    (occupancy, *_), on_predicted = reconstruct(pipe, views, picture, args)
+    (_, sample, *_), on_true = reconstruct(pipe, views, picture, args, support)
+    occupied, truth = (occupancy[:, 0] > stage.config.occupancy_level).numpy(), shell.numpy()
+    both = (occupied & truth).sum()
+    cells, sample = stage.subdivide(support).coords[:, 1:].unbind(1), sample.clamp(-1, 1)
+    known = sdf[cells].abs() < 0.995
+    return {
+        "iou": harness.iou(occupied, truth),
+        "precision": float(both / max(occupied.sum(), 1)),
+        "recall": float(both / max(truth.sum(), 1)),
+        "distance": (sample[:, 0] - sdf[cells]).abs().mean().item(),
+        "color": harness.psnr((sample[known, 1:] + 1) / 2, colors[cells][known]),
+        **f_scores("f_true", on_true, true_mesh, args.points),
+        **f_scores("f_predicted", on_predicted, true_mesh, args.points),
+    }
+
+
+def given(pipe: One2345PlusPlusPipeline, item: dict, args: argparse.Namespace) -> tuple[Image.Image, Views]:
+    """The first input picture, and the views."""
     picture = Image.fromarray(item["inputs"][0].numpy())
     if args.drawn:
-        views, rig = pipe.multiview(picture, generator=generator, transparent=True).views[0], pipe.rig
-    else:
-        first = 6 * RIGS.index(args.rig)
-        views = [Image.fromarray(view.numpy()) for view in item["views"][first : first + 6]]
-        rig = args.rig
-    views, rigs, images, _ = volume.check_inputs([views], rig, picture, None, "mesh", (1, 1), [])
-    vector = volume.encode_image(images, 1)
-
-    sdf, truncation = item["sdf"].float() / 127, prepared.truncation
-    cells = truncation * prepared.meta["resolution"]
-    truth = shell_occupancy(sdf[None], VOLUME_DEFAULTS["occupancy_threshold"] / cells)
-    call = {"output_type": "latent", "generator": generator, "num_occupancy_steps": args.occupancy_steps}
-    drawn = volume(views[0], cameras=rig, image=picture, **call).volumes
-    occupied = drawn[:, 0] > volume.config.occupancy_level
-
-    colors = torch.zeros(*sdf.shape, 3)
-    colors[item["coords"].unbind(1)] = item["colors"].float() / 255
-    true_mesh = volume_to_mesh(
-        SparseVolume(item["coords"], *at(item["coords"], sdf * truncation, colors), len(sdf), truncation)
-    )
-
-    def fine(grid: SparseGrid) -> tuple[Tensor, SparseVolume]:
-        pictures = volume.prepare_views(views, rigs, volume.sparse_condition)
-        sample = volume.denoise_sparse(grid, pictures, vector, sparse_steps, generator)
-        return sample, volume.to_volumes(grid, sample)[0]
-
-    grid = subdivide(truth)
-    sample, on_truth = fine(grid)
-    true_sdf, true_colors = at(grid.coords[:, 1:], sdf, colors)
-    known = true_sdf.abs() < 0.995
-    square = ((sample[known, 1:] + 1) / 2 - true_colors[known]).square().mean()
-    both = (occupied & truth).sum().item()
-    return {
-        "iou": both / max((occupied | truth).sum().item(), 1),
-        "precision": both / max(occupied.sum().item(), 1),
-        "recall": both / max(truth.sum().item(), 1),
-        "distance": (sample[:, 0].clamp(-1, 1) - true_sdf).abs().mean().item(),
-        "color": -10 * square.clamp(min=1e-6).log10().item(),
-        **f_scores("f_true", true_mesh, on_truth, args.points),
-        **f_scores("f_predicted", true_mesh, fine(subdivide(occupied))[1] if occupied.any() else None, args.points),
-    }
+        return picture, pipe.multiview.draw(picture, generator=torch.Generator().manual_seed(args.seed))
+    first = 6 * RIGS.index(args.rig)
+    return picture, Views([Image.fromarray(view.numpy()) for view in item["views"][first : first + 6]], args.rig)
 
 
-def at(cells: Tensor, *grids: Tensor) -> tuple[Tensor, ...]:
-    """Values of dense grids at cells `[N, 3]`."""
-    return tuple(grid[cells.unbind(1)] for grid in grids)
+def reconstruct(
+    pipe: One2345PlusPlusPipeline,
+    views: Views,
+    picture: Image.Image,
+    args: argparse.Namespace,
+    support: Tensor | None = None,  # [1, 1, x, y, z], -1 or 1
+) -> tuple[list[Tensor], trimesh.Trimesh | None]:
+    """What each diffusion drew, `[1, 1, x, y, z]` and `[N, 4]`, and the mesh, `None` where there is no surface.
 
+    With a support the sparse diffusion sees that, whatever the first one drew.
+    """
+    drawn: list[Tensor] = []
 
-def f_scores(name: str, truth: trimesh.Trimesh, volume: SparseVolume | None, points: int) -> dict[str, float]:
-    """F-scores at 0.02 and 0.05 of the truth's longest side."""
-    keys = ("f_score@0.02", "f_score@0.05")
+    def end_step(stage, step, timestep, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        latents = tensors["latents"]
+        if not drawn or drawn[-1].shape != latents.shape:  # the first step of a diffusion
+            drawn.append(latents)
+        drawn[-1] = latents
+        return tensors if support is None or len(drawn) > 1 else {"latents": support.to(latents)}
+
     try:
-        mesh = None if volume is None else volume_to_mesh(volume)
+        out = pipe.reconstruct(
+            views,
+            image=picture,
+            background="none",
+            drawn=args.drawn,
+            num_occupancy_steps=args.occupancy_steps if support is None else 1,
+            num_sparse_steps=args.sparse_steps,
+            refine=False,
+            generator=torch.Generator().manual_seed(args.seed),
+            callback_on_step_end=end_step,
+        )
     except InputError:  # no surface
-        mesh = None
+        return drawn, None
+    return drawn, out.meshes[0]
+
+
+def f_scores(name: str, mesh: trimesh.Trimesh | None, truth: trimesh.Trimesh, points: int) -> dict[str, float]:
+    """F-scores at 0.02 and 0.05 of the truth's longest side."""
+    thresholds = (0.02, 0.05)
     if mesh is None:
-        return {key.replace("f_score", name): 0.0 for key in keys}
-    unit = np.eye(4)
-    unit[:3, :3] /= np.ptp(truth.bounds, axis=0).max()
+        return {f"{name}@{t:g}": 0.0 for t in thresholds}
+    unit = np.diag([1 / np.ptp(truth.bounds, axis=0).max()] * 3 + [1.0])
     a, b = (SurfacePoints.from_mesh(m, points).transformed(unit) for m in (mesh, truth))
-    figures = surface_metrics(a, b)
-    return {key.replace("f_score", name): figures[key] for key in keys}
-
-
-def write_table(rows: list[dict], report: dict, path: Path) -> None:
-    columns = [key for key in rows[0] if key not in ("name", "tier")]
-    groups = {"all": rows} | {
-        tier: [r for r in rows if r["tier"] == tier] for tier in sorted({r["tier"] for r in rows})
-    }
-    lines = ["| objects | number | " + " | ".join(columns) + " |", "|" + " --- |" * (len(columns) + 2)]
-    for name, group in groups.items():
-        numbers = [f"{np.mean([row[column] for row in group]):.3f}" for column in columns]
-        lines.append(f"| {name} | {len(group)} | " + " | ".join(numbers) + " |")
-    text = "\n".join(lines) + f"\n\n{report['settings']}, {report['seconds']:.1f} s an object\n"
-    path.write_text(text)
-    print(text)
+    figures = surface_metrics(a, b, thresholds)
+    return {f"{name}@{t:g}": figures[f"f_score@{t:g}"] for t in thresholds}
 
 
 if __name__ == "__main__":

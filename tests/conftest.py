@@ -66,28 +66,58 @@ def gpu(request):
         yield device
 
 
+def on(background, rgba):
+    """A cut-out `[H, W, 4]` composited on a background (a colour, or pixels), as a picture."""
+    import numpy as np
+    from PIL import Image
+
+    alpha = rgba[..., 3:] / 255
+    return Image.fromarray(np.round(rgba[..., :3] * alpha + np.array(background) * (1 - alpha)).astype(np.uint8))
+
+
+def alpha_error(cut, truth) -> float:
+    """Mean difference of a picture's alpha and that of the truth, `[H, W, 4]`, 0 to 1."""
+    import numpy as np
+
+    return np.abs(np.asarray(cut)[..., 3].astype(float) - truth[..., 3]).mean() / 255
+
+
+def image_encoder(hidden: int, projection: int):
+    """A CLIP of 16 pixels whose vectors have `projection` numbers."""
+    import transformers
+
+    sizes = {"hidden_size": hidden, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPVisionConfig(image_size=16, patch_size=8, projection_dim=projection, **sizes)
+    return transformers.CLIPVisionModelWithProjection(config).eval()
+
+
+def extractor(size: int, **kwargs):
+    """Prepares pictures for an encoder of `size` pixels."""
+    import transformers
+
+    sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    return transformers.CLIPImageProcessor(**sizes, **kwargs)
+
+
 def multiview_components() -> dict:
-    """Components of a stage 1 pipeline, real classes, as small as they get; views of 16 pixels."""
+    """Components of a stage 1 pipeline, real classes, as small as they get; views of 16 pixels.
+
+    Widths differ wherever they may, here and in the volume stage, so that a mix-up of two fails.
+    """
     import transformers
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
     torch.manual_seed(0)
-    width, tokens = 8, 4
+    width, tokens = 12, 4
     vocabulary = {token: index for index, token in enumerate(["<|startoftext|>", "<|endoftext|>", "a", "a</w>"])}
-    clip = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip = {"hidden_size": width, "intermediate_size": 10, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = transformers.CLIPTextConfig(
         vocab_size=4, max_position_embeddings=tokens, bos_token_id=0, eos_token_id=1, pad_token_id=1, **clip
     )
-    vision = transformers.CLIPVisionConfig(image_size=16, patch_size=8, projection_dim=width, **clip)
     tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=tokens)
-
-    def extractor(size: int, **kwargs):
-        sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
-        return transformers.CLIPImageProcessor(**sizes, **kwargs)
-
     return {
         "vae": AutoencoderKL(
-            block_out_channels=(8, 8),
+            block_out_channels=(8, 16),
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
             latent_channels=4,
@@ -98,7 +128,7 @@ def multiview_components() -> dict:
         "tokenizer": tokenizer,
         "unet": UNet2DConditionModel(
             sample_size=8,
-            block_out_channels=(8, 8),
+            block_out_channels=(8, 20),
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             layers_per_block=1,
@@ -107,7 +137,7 @@ def multiview_components() -> dict:
             norm_num_groups=4,
         ),
         "scheduler": DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1),
-        "vision_encoder": transformers.CLIPVisionModelWithProjection(vision).eval(),
+        "vision_encoder": image_encoder(hidden=14, projection=width),
         "feature_extractor_clip": extractor(16),
         "feature_extractor_vae": extractor(16, image_mean=[0.5] * 3, image_std=[0.8] * 3),
     }
@@ -137,14 +167,28 @@ def volume_components() -> dict:
     from one2345pp import ConditionEncoder, LogSNRScheduler, OccupancyUNet3DModel, SparseUNet3DModel
 
     torch.manual_seed(0)
-    condition = {"channels": (8, 8), "image_size": 16, "stem_channels": (8,), "patch_channels": 0, "hidden_channels": 8}
-    unet = {"block_out_channels": (8, 8), "condition_channels": (8, 8), "global_channels": 8, "norm_num_groups": 4}
+    condition = {"image_size": 16, "stem_channels": (8,), "patch_channels": 0}
+    occupancy, sparse = (4, 12), (12, 20)  # channels of the pyramids
+    unet = {"global_channels": 18, "norm_num_groups": 4}
     components = {
-        "occupancy_condition": ConditionEncoder(resolution=8, sparse=False, **condition),
-        "occupancy_unet": OccupancyUNet3DModel(sample_size=8, attention_levels=(), dropout=0.0, **unet),
+        "occupancy_condition": ConditionEncoder(
+            resolution=8, sparse=False, channels=occupancy, hidden_channels=5, **condition
+        ),
+        "occupancy_unet": OccupancyUNet3DModel(
+            sample_size=8,
+            block_out_channels=(8, 12),
+            condition_channels=occupancy,
+            attention_levels=(),
+            dropout=0.0,
+            **unet,
+        ),
         "occupancy_scheduler": LogSNRScheduler(),
-        "sparse_condition": ConditionEncoder(resolution=16, sparse=True, **condition),
-        "sparse_unet": SparseUNet3DModel(sample_size=16, pixel_channels=4, **unet),
+        "sparse_condition": ConditionEncoder(
+            resolution=16, sparse=True, channels=sparse, hidden_channels=7, **condition
+        ),
+        "sparse_unet": SparseUNet3DModel(
+            sample_size=16, pixel_channels=4, block_out_channels=(8, 16), condition_channels=sparse, **unet
+        ),
         "sparse_scheduler": DDIMScheduler(
             beta_start=1e-4, beta_end=0.02, prediction_type="sample", timestep_spacing="trailing", clip_sample=True
         ),
@@ -152,9 +196,15 @@ def volume_components() -> dict:
     with torch.no_grad():  # the last layers start at zero, which would make every object the same
         for layer in (components["occupancy_unet"].conv_out, components["sparse_unet"].proj_out):
             layer.weight.normal_(std=0.1)
-        components["occupancy_unet"].conv_out.bias -= 1.5
+        components["occupancy_unet"].conv_out.bias -= 1.0
         components["sparse_unet"].proj_out.bias[0] -= 1
     return components
+
+
+def volume_encoder() -> dict:
+    """The image encoder of `volume_components`, under the names of the volume stage."""
+    torch.manual_seed(1)
+    return {"vision_encoder": image_encoder(hidden=10, projection=18), "feature_extractor_clip": extractor(16)}
 
 
 def tiny_dinov2():
@@ -168,7 +218,7 @@ def tiny_dinov2():
 
 @pytest.fixture(scope="session")
 def tiny_chain_folder(tmp_path_factory):
-    """The whole chain with random weights, saved."""
+    """The whole chain with random weights, saved. Its two image encoders differ in width."""
     from one2345pp import One2345PlusPlusPipeline
 
     folder = tmp_path_factory.mktemp("tiny_chain")
@@ -176,6 +226,7 @@ def tiny_chain_folder(tmp_path_factory):
     One2345PlusPlusPipeline(
         **multiview_components(),
         **volume_components(),
+        **{f"volume_{name}": part for name, part in volume_encoder().items()},
         multiview_config={"view_size": 16, "default_num_inference_steps": 1, "default_guidance_scale": 2.0},
         volume_config={"default_num_occupancy_steps": 2, "default_num_sparse_steps": 2},
         texture_config=texture

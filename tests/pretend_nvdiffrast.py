@@ -42,10 +42,9 @@ def draw(
     for face, (a, b, c) in enumerate(corners):
         # a pixel's ray is u a + v b + (1 - u - v) c up to scale: Cramer's rule with rows (x, y, w)
         weights = np.stack([area(b, c, x, y), area(c, a, x, y), area(a, b, x, y)], -1)
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):  # faces seen edge-on
             weights = weights / weights.sum(-1, keepdims=True)
-        z, w = weights @ np.array([a[2], b[2], c[2]]), weights @ np.array([a[3], b[3], c[3]])
-        with np.errstate(divide="ignore", invalid="ignore"):
+            z, w = weights @ np.array([a[2], b[2], c[2]]), weights @ np.array([a[3], b[3], c[3]])
             hit = (weights >= 0).all(-1) & (w > 0) & (np.abs(z / w) <= 1) & (z / w < nearest)
         nearest[hit] = (z / w)[hit]
         picture[hit] = np.stack([weights[..., 0], weights[..., 1], z / w, np.full_like(z, face + 1)], -1)[hit]

@@ -92,6 +92,18 @@ def test_the_time_limit_holds(monkeypatch):
     assert atlas.uvs.tobytes() == unwrap(ball, 256, time_limit=0).uvs.tobytes()
 
 
+@pytest.mark.parametrize("program", [None, "/bin/echo", "/bin/true", "/nowhere/python", "/bin/false"])
+def test_without_a_python_to_start_charts_are_box_projections(monkeypatch, program):
+    """Where Python is embedded, sys.executable is nothing or another program: what that prints is no atlas, and nothing raises. Of
+    nothing, the Python of the path is tried, which may know xatlas."""
+    ball = trimesh.creation.icosphere(subdivisions=2)
+    monkeypatch.setattr(sys, "executable", program)
+    atlas = unwrap(ball, 256)
+    assert len(atlas.faces) == len(ball.faces)
+    if program is not None:
+        assert atlas.uvs.tobytes() == unwrap(ball, 256, time_limit=0).uvs.tobytes()
+
+
 def test_projections_are_few_whole_and_apart():
     """A box is six rectangles; unmirrored, and as far from each other as asked."""
     box = trimesh.creation.box([1.0, 0.6, 0.3])

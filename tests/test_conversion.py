@@ -40,8 +40,8 @@ def stable_diffusion_components(seed: int = 0) -> dict:
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
-        hidden_size=8,
-        intermediate_size=12,
+        hidden_size=12,
+        intermediate_size=10,
         num_hidden_layers=3,
         num_attention_heads=2,
     )
@@ -49,11 +49,11 @@ def stable_diffusion_components(seed: int = 0) -> dict:
     models = {
         "unet": UNet2DConditionModel(
             sample_size=8,
-            block_out_channels=(8, 12, 16),
+            block_out_channels=(8, 16, 20),
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
             layers_per_block=2,
-            cross_attention_dim=8,
+            cross_attention_dim=12,
             attention_head_dim=(1, 2, 4),
             norm_num_groups=4,
             use_linear_projection=True,
@@ -169,7 +169,7 @@ def test_image_half_of_a_whole_clip_is_taken(place):
     """Oracle: the weights of the whole CLIP. Its projection's width is a fact of the whole config, its pixels lie beside it."""
     vision = multiview_components()["vision_encoder"].config.to_dict() | {"projection_dim": 512}
     text = stable_diffusion_components()["text_encoder"].config.to_dict()
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
     whole = transformers.CLIPModel(config)
     whole.save_pretrained("whole")
     extractor = transformers.CLIPImageProcessor(image_mean=[0.1] * 3, resample=2)
@@ -300,9 +300,8 @@ def test_files_of_others_need_a_folder_like_them(place, capsys, suffix):
     need not be there; what else is in the file, such as averaged weights, is left out."""
     file_from_folder("sd2", "all.safetensors")
     tensors = load_file("all.safetensors") | {"model_ema.decay": torch.ones(()), "betas": torch.ones(3)}
-    tensors["cond_stage_model.model.transformer.resblocks.23.ln_1.weight"] = torch.ones(
-        8
-    )  # diffusers drops the last layer
+    # diffusers drops the last layer
+    tensors["cond_stage_model.model.transformer.resblocks.23.ln_1.weight"] = torch.ones(12)
     if suffix == ".ckpt":
         torch.save({"state_dict": tensors, "global_step": 7}, "other.ckpt")
     else:

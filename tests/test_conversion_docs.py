@@ -45,4 +45,4 @@ def test_commands_run(tmp_path, monkeypatch):
     unet = read_tensors("zero123plus-white/unet/diffusion_pytorch_model.safetensors")
     assert_same(unet, read_tensors("diffusion_pytorch_model.bin"))
     for name in ("multiview.md", "training.md"):
-        assert f"docs/{name}" in TEXT and (ROOT / "docs" / name).is_file()
+        assert f"]({name})" in TEXT and (ROOT / "docs" / name).is_file()

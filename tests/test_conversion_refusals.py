@@ -29,7 +29,7 @@ def spoil(place: Path) -> None:
     epsilon = PNDMScheduler.from_config(parts["scheduler"].config, prediction_type="epsilon")
     save_stable_diffusion(place / "base", scheduler=epsilon)
     wide = transformers.CLIPVisionConfig.from_dict(
-        {**multiview_components()["vision_encoder"].config.to_dict(), "projection_dim": 12}
+        {**multiview_components()["vision_encoder"].config.to_dict(), "projection_dim": 20}
     )
     transformers.CLIPVisionModelWithProjection(wide).save_pretrained(place / "wide")
     for name, file in (("torn", "vae/diffusion_pytorch_model.safetensors"), ("untold", "scheduler")):
@@ -68,7 +68,7 @@ REFUSALS = [
     (f"stable-diffusion untold {SD2}", "scheduler_config.json: no such file"),
     (f"stable-diffusion mute {SD2}", "mute/tokenizer: no such folder"),
     (f"stable-diffusion short {SD2}", "1 missing keys"),
-    ("stable-diffusion sd2 --vision-encoder wide -o out", "to 12 numbers, but the text encoder has width 8"),
+    ("stable-diffusion sd2 --vision-encoder wide -o out", "to 20 numbers, but the text encoder has width 12"),
     ("stable-diffusion sd2 --vision-encoder nothing -o out", "nothing: no such folder"),
     ("stable-diffusion sd2 --vision-encoder sd2/text_encoder -o out", "'clip_text_model', expected"),
     ("stable-diffusion sd2 --vision-encoder clip --view-size 15 -o out", "view size: got 15, expected a multiple of 2"),

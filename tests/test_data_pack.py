@@ -9,6 +9,7 @@ import torch
 
 from one2345pp.data import pack
 from one2345pp.data.dataset import PreparedDataset
+from one2345pp.data.maps import MAPS, Map
 from one2345pp.data.prepare import make_frame, make_ring
 from one2345pp.data.shapes import random_shape
 from one2345pp.errors import InputError
@@ -17,7 +18,7 @@ from one2345pp.errors import InputError
 @pytest.fixture(scope="module")
 def frame() -> dict[str, np.ndarray]:
     mesh = random_shape(torch.Generator().manual_seed(5))
-    return make_frame(mesh, 30.0, np.random.default_rng(0), view_size=48, resolution=32, normals=True)
+    return make_frame(mesh, 30.0, np.random.default_rng(0), view_size=48, resolution=32, maps=["normals"])
 
 
 def test_what_is_kept_and_what_is_lost(frame, tmp_path):
@@ -38,6 +39,14 @@ def test_what_is_kept_and_what_is_lost(frame, tmp_path):
     near = np.abs(frame["sdf"].astype(int)) < 127 - step  # the last step of the band is wider, so that cells stay in it
     assert error[near].max() <= 0.5 * step + 0.5
     assert error.max() <= step
+
+
+def test_maps_of_one_channel_keep_every_value(frame, tmp_path, monkeypatch):
+    """Oracle: the array before it was packed, of a map that only this test knows."""
+    monkeypatch.setitem(MAPS, "depth", Map(1, "normal"))
+    depth = frame["normals"][..., 2:]
+    pack.write_sample(tmp_path / "shape.0.zip", {"depth": depth})
+    np.testing.assert_array_equal(pack.read_sample(tmp_path / "shape.0.zip")["depth"], depth)
 
 
 def _on_grey(pictures: np.ndarray) -> np.ndarray:

@@ -125,12 +125,38 @@ def test_other_settings_are_refused_before_anything_is_written(scanned, prepared
     for change, words in (
         ({"resolution": 32}, "resolution is 16, not 32; truncation is 0.2, not 0.1"),
         ({"view_size": 24}, "view_size is 16, not 24"),
-        ({"normals": True}, "normals is False, not True"),
+        ({"maps": ["normals"]}, r"maps is \[\], not \['normals'\]"),
         ({"rings": ["zero123plus-v1.1"]}, "rigs is .* not .*; rings is False, not True"),
     ):
         with pytest.raises(InputError, match=f"other settings: {words}.* Prepare into another folder"):
             prepare([scanned], prepared, **(TINY | change))
     assert {file: file.read_bytes() for file in prepared.iterdir()} == before
+
+
+@pytest.mark.parametrize("normals", [False, True])
+def test_folders_from_before_maps_had_names_can_grow(scanned, tmp_path, normals):
+    """Oracle: objects are added to a folder whose index says `normals`; with other maps than those it is refused."""
+    names, others = (["normals"], []) if normals else ([], ["normals"])
+    prepare([scanned / "cone.ply"], tmp_path / "data", maps=names, **TINY)
+    index = tmp_path / "data" / "index.json"
+    settings = json.loads(index.read_text())
+    assert settings.pop("maps") == names
+    index.write_text(json.dumps(settings | {"normals": normals}))
+    assert ("normals" in PreparedDataset(tmp_path / "data")[0]) == normals
+    with pytest.raises(InputError, match="other settings: maps is"):
+        prepare([scanned], tmp_path / "data", maps=others, **TINY)
+    prepare([scanned], tmp_path / "data", maps=names, **TINY)
+    assert [("normals" in item) for item in PreparedDataset(tmp_path / "data")] == [normals] * 3
+
+
+def test_maps_that_cannot_be_drawn_are_refused(scanned, tmp_path):
+    for options, words in (
+        ({"maps": ["depht"]}, "maps: got depht, expected some of normals"),
+        ({"maps": ["normals"], "rings": ["zero123plus-v1.1"]}, "maps: rings have none"),
+    ):
+        with pytest.raises(InputError, match=words):
+            prepare([scanned], tmp_path / "data", **TINY, **options)
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_cut_leaves_the_index_whole(scanned, prepared, monkeypatch):

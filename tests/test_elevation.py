@@ -159,7 +159,7 @@ def test_training_learns_from_how_high_plates_are_seen(sets, tmp_path, backend):
 @pytest.fixture
 def chain(tiny_chain):
     """A chain with an estimator that believes the picture, as the package's does."""
-    tiny_chain.register_to_config(believe_picture=True)
+    tiny_chain.guide = {"shapes_volume": True}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tiny_chain.elevation_estimator = ElevationEstimator(**SMALL).eval()
@@ -188,6 +188,8 @@ def test_what_is_not_told_is_estimated(chain, picture, tmp_path):
     degrees = estimated(chain, picture)
     found = run(chain, picture)
     assert found == run(chain, picture, elevation=degrees) == run(chain, picture, elevation=[None])
+    out = chain(picture, refine=False, generator=torch.Generator().manual_seed(0))
+    assert out.elevations == [degrees]
     assert found != run(chain, picture, elevation=degrees + 15)
     chain.save_pretrained(tmp_path)
     loaded = One2345PlusPlusPipeline.from_pretrained(tmp_path)
@@ -202,6 +204,7 @@ def test_each_picture_has_its_own_elevation(chain, picture):
     mirrored = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     both = chain([picture, mirrored], elevation=[30.0, None], refine=False, generator=generators)
+    assert both.elevations == [30.0, estimated(chain, mirrored)]
     assert both.meshes[0].vertices.tobytes() == run(chain, picture, elevation=30.0)[0]
     alone = chain(mirrored, refine=False, generator=torch.Generator().manual_seed(1))
     assert both.meshes[1].vertices.tobytes() == alone.meshes[0].vertices.tobytes()

@@ -8,18 +8,18 @@ import pretend_nvdiffrast
 import pytest
 import torch
 import trimesh
-from conftest import build_multiview, multiview_components, tiny_dinov2, volume_components
+from conftest import build_multiview, multiview_components, tiny_dinov2, volume_components, volume_encoder
 from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
-    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 from PIL import Image
 from pretend_gpu import PretendTensor, pretend_gpu
 from test_elevation import SMALL
 from test_multiview_controlnet import make_controlnet
+from test_multiview_steps import with_masks, with_rigs
 from test_texture_refinement import grey_ball, photograph
 from test_volume_variants import fine_components
 
@@ -35,7 +35,7 @@ from one2345pp.geometry.cameras import project
 from one2345pp.geometry.extract import volume_to_mesh
 from one2345pp.geometry.rasterize import rasterize
 from one2345pp.geometry.render import render
-from one2345pp.geometry.slices import draw_slices
+from one2345pp.geometry.slices import render_slices
 from one2345pp.geometry.volume import SparseVolume
 from one2345pp.models.sparse import SparseConv3d, SparseDownConv3d, SparseGrid, SparseGroupNorm, SparseUpConv3d
 
@@ -189,7 +189,7 @@ def test_volumes(gpu, tmp_path):
     assert_same_volume(SparseVolume.load(tmp_path / "there.safetensors"), here)
     assert np.array_equal(volume_to_mesh(there).vertices, volume_to_mesh(here).vertices)
     assert there.to("cpu").sdf.device.type == "cpu" and torch.equal(there.to("cpu").coords, here.coords)
-    assert draw_slices(there).tobytes() == draw_slices(here).tobytes()
+    assert render_slices(there).tobytes() == render_slices(here).tobytes()
 
 
 # --- the stages -------------------------------------------------------------------------------------------------------
@@ -218,28 +218,21 @@ def with_controlnet() -> dict:
     return parts | {"controlnet": make_controlnet(parts["unet"])}
 
 
-def with_classes() -> dict:
-    parts = multiview_components()
-    parts["unet"] = UNet2DConditionModel.from_config(parts["unet"].config, num_class_embeds=2)
-    return parts
-
-
 def with_scheduler(scheduler: type) -> dict:
     return multiview_components() | {"scheduler": scheduler(prediction_type="v_prediction")}
 
 
-EMBEDS = torch.linspace(-1, 1, 32).reshape(1, 4, 8)
+EMBEDS = torch.linspace(-1, 1, 48).reshape(1, 4, 12)
 FIRST_STAGE = {  # components, settings, arguments
     "plain": (multiview_components, {}, {"guidance_scale": 1.0}),
     "guided": (multiview_components, {}, {"prompt": "a", "negative_prompt": "a a", "guidance_interval": (0.0, 0.5)}),
     "embeds": (multiview_components, {}, {"prompt": None, "prompt_embeds": EMBEDS, "negative_prompt_embeds": -EMBEDS}),
     "batch": (multiview_components, {}, {"image": [picture(), picture(24, 1)], "generator": [seeded(), seeded(1)]}),
     "several": (multiview_components, {}, {"num_images_per_prompt": 2, "output_type": "np"}),
-    "reused": (multiview_components, {}, {"num_inference_steps": 4, "reuse_interval": 2}),
     "clean": (multiview_components, {"clean_reference": True, "tile_positions": True}, {}),
     "ramp": (multiview_components, {"ramping_coefficients": [0.1, 0.2, 0.3, 0.4]}, {}),
     "control": (with_controlnet, {}, {"control_image": Image.new("RGB", (32, 48), "red"), "control_guidance_end": 0.5}),
-    "rigs": (with_classes, {"rigs": ["zero123plus-v1.2", "zero123plus-v1.1"]}, {"rig": "zero123plus-v1.1"}),
+    "rigs": (with_rigs, {"rigs": ["zero123plus-v1.2", "zero123plus-v1.1"]}, {"rig": "zero123plus-v1.1"}),
     "ancestral": (lambda: with_scheduler(EulerAncestralDiscreteScheduler), {}, {}),
     "unipc": (lambda: with_scheduler(UniPCMultistepScheduler), {}, {}),
     "ddpm": (lambda: with_scheduler(DDPMScheduler), {}, {}),
@@ -261,10 +254,18 @@ def test_first_stage(gpu, name):
     torch.testing.assert_close(draw().cpu(), expected, atol=1e-3, rtol=1e-3)
 
 
-def told_apart() -> dict:
+def test_first_stage_cuts_out(gpu):
+    """Oracle: the CPU's views, by drawn masks that are on the GPU."""
+    pipe = build_multiview(with_masks())
+    here = np.stack(pipe.draw(picture(), generator=seeded()).images).astype(int)
+    there = np.stack(pipe.to(gpu).draw(picture(), generator=seeded()).images).astype(int)
+    assert len(np.unique(here[..., 3])) > 10 and np.abs(here[..., 3] - there[..., 3]).max() <= 1
+
+
+def with_normals() -> dict:
     parts = volume_components()
     for name in ("occupancy_condition", "sparse_condition"):
-        parts[name] = ConditionEncoder.from_config(parts[name].config, view_kinds=True)
+        parts[name] = ConditionEncoder.from_config(parts[name].config, maps={"normals": 3})
     return parts
 
 
@@ -277,21 +278,17 @@ def with_scheduler_of_x0(scheduler: type, **settings) -> dict:
 
 def with_patches_and_vector() -> dict:
     """DINOv2 patch features of the views, and CLIP's vector of the input picture."""
-    parts, first = volume_components(), multiview_components()
+    parts = volume_components()
     for name in ("occupancy_condition", "sparse_condition"):
         parts[name] = ConditionEncoder.from_config(parts[name].config, patch_channels=8)
-    return parts | {
-        "patch_encoder": tiny_dinov2(),
-        "vision_encoder": first["vision_encoder"],
-        "feature_extractor_clip": first["feature_extractor_clip"],
-    }
+    return parts | volume_encoder() | {"patch_encoder": tiny_dinov2()}
 
 
 SECOND_STAGE = {
     "plain": (volume_components, {}, {}),
     "guided": (volume_components, {}, {"guidance_scale": 2.0}),
     "patches and vector": (with_patches_and_vector, {}, {"image": picture(), "guidance_scale": 2.0}),
-    "kinds": (told_apart, {}, {"kinds": ["drawn"] * 6}),
+    "normals": (with_normals, {}, {"maps": {"normals": [picture(24, seed).convert("RGB") for seed in range(6)]}}),
     "fine": (fine_components, {"fine_level": 0.9}, {}),
     "ddpm": (lambda: with_scheduler_of_x0(DDPMScheduler), {}, {}),
     "dpm": (lambda: with_scheduler_of_x0(DPMSolverMultistepScheduler, solver_order=1), {}, {}),
@@ -330,8 +327,8 @@ def test_third_stage(gpu):
 
 
 def check_chain(chain, move) -> None:
-    """Oracle: the CPU's volume, with an elevation estimator, two candidates and the picture believed."""
-    chain.register_to_config(believe_picture=True)
+    """Oracle: the CPU's volume, with an elevation estimator, two candidates and a picture that shapes the volume."""
+    chain.guide = {"shapes_volume": True}
     chain.elevation_estimator = ElevationEstimator(**SMALL).eval()
     here = chain(picture(40), num_candidates=2, generator=seeded())
     move()

@@ -9,15 +9,25 @@ from accelerate import Accelerator, PartialState
 from conftest import build_multiview, tiny_dinov2
 from pretend_gpu import PretendTensor
 from test_elevation import SMALL, sets  # noqa: F401
-from test_multiview_pipeline import COMPONENTS
 from test_training_finetune import STEPS
 from test_training_finetune import config as finetuned
 from test_training_multiview import CONFIG as FIRST
 from test_training_multiview import data  # noqa: F401
 from test_training_volume import CONFIG as VOLUMES
 from test_training_volume import dataset, first_stage  # noqa: F401
+from training_config import COMPONENTS
 
-from one2345pp.training import drawn_views, elevation, finetune, loop, multiview, occupancy, sparse, tiles, volume
+from one2345pp.training import (
+    drawn_views,
+    elevation,
+    finetune,
+    loop,
+    multiview,
+    multiview_data,
+    occupancy,
+    sparse,
+    volume_objective,
+)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,25 +60,25 @@ class PretendState:
 @pytest.fixture(autouse=True)
 def accelerator(monkeypatch):
     monkeypatch.setattr(loop, "Accelerator", PretendAccelerator)
-    for module in (multiview, finetune, volume):
+    for module in (multiview, finetune, volume_objective):
         monkeypatch.setattr(module, "PartialState", PretendState)
 
 
 @pytest.fixture
 def places(monkeypatch) -> list[str]:
     """Where the first stage was whenever it began to encode what it learns from, or to draw what the other networks learn from."""
-    seen, encode, draw = [], tiles.LatentDataset._encode, drawn_views.DrawnViewsDataset._draw
+    seen, encode, draw = [], multiview_data.LatentDataset._encode, drawn_views.DrawnViewsDataset._draw
 
-    def watched_encode(prepared, config, pipeline, folder):
+    def watched_encode(prepared, pipeline, *args):
         assert pipeline.vae.device == pipeline.vision_encoder.device
         seen.append(pipeline.vae.device.type)
-        encode(prepared, config, pipeline, folder)
+        encode(prepared, pipeline, *args)
 
     def watched_draw(self, pipeline, *args):
         seen.append(pipeline.device.type)
         draw(self, pipeline, *args)
 
-    monkeypatch.setattr(tiles.LatentDataset, "_encode", staticmethod(watched_encode))
+    monkeypatch.setattr(multiview_data.LatentDataset, "_encode", staticmethod(watched_encode))
     monkeypatch.setattr(drawn_views.DrawnViewsDataset, "_draw", watched_draw)
     return seen
 
@@ -109,12 +119,12 @@ def test_training_of_volumes(gpu, stage, dataset, tmp_path):  # noqa: F811
 
 
 def test_training_with_all_conditions(cuda, places, dataset, first_stage, tmp_path):  # noqa: F811
-    """Drawn views told apart, the global vector, patch features and a predicted support. The views are drawn on the GPU."""
+    """Drawn views, the global vector, patch features and a predicted support. The views are drawn on the GPU."""
     tiny_dinov2().save_pretrained(tmp_path / "dino")
     for stage, module in (("occupancy", occupancy), ("sparse", sparse)):
         config = copy.deepcopy(VOLUMES[stage])
         config["unet"] |= {"global_channels": COMPONENTS["vision_encoder"]["projection_dim"]}
-        config["condition"] |= {"view_kinds": True, "patch_channels": 8}
+        config["condition"] |= {"patch_channels": 8}
         config["objective"] = {"multiview": str(first_stage), "drawn_samples": 2, "drawn_steps": 1}
         config["objective"] |= {"patch_encoder": str(tmp_path / "dino")}
         if stage == "sparse":
@@ -157,10 +167,11 @@ def test_training_of_the_first_stage(cuda, places, data, tmp_path):  # noqa: F81
 
 def test_latents_of_a_gpu(cuda, data, tmp_path):  # noqa: F811
     """Oracle: those of the CPU, from the same draws; afterwards both encoders are on the CPU again."""
-    config = {"view_size": 16, "rig": "zero123plus-v1.2", "recolored_copies": 1, "seed": 0}
     pipe, arrays = build_multiview(), []
     for device in ("cpu", cuda):
-        arrays.append(tiles.LatentDataset(data, config, pipe, tmp_path / str(device), device).arrays)
+        arrays.append(
+            multiview_data.LatentDataset(data, pipe, tmp_path / str(device), device, recolored_copies=1).arrays
+        )
         weights = [*pipe.vae.parameters(), *pipe.vision_encoder.parameters()]
         assert all(weight.device.type == "cpu" for weight in weights)
     for name, array in arrays[0].items():

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import build_multiview
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from PIL import Image
 
@@ -39,10 +40,8 @@ print(json.dumps(results))
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A saved stage 1 and the pixel sum it draws."""
-    from conftest import multiview_components
-
     folder = tmp_path_factory.mktemp("saved")
-    pipe = MultiViewTilePipeline(**multiview_components(), view_size=16, default_num_inference_steps=2)
+    pipe = build_multiview()
     pipe.save_pretrained(folder)
     return folder, _draw(pipe)
 
@@ -184,8 +183,6 @@ def test_model_card_survives_the_hub(saved, tmp_path, monkeypatch):
 
 def test_the_card_of_another_project_does_not_go_up(saved, tmp_path, monkeypatch):
     """A pipeline made from components has no card of its own, whatever lies in the working directory."""
-    from conftest import build_multiview
-
     uploads = Uploads(monkeypatch)
     (tmp_path / "README.md").write_text("another project")
     monkeypatch.chdir(tmp_path)
@@ -195,8 +192,6 @@ def test_the_card_of_another_project_does_not_go_up(saved, tmp_path, monkeypatch
 
 def test_weights_from_a_file_give_the_very_same_pictures(tmp_path):
     """Mapped from a file they lie anywhere in memory, where a CPU's kernels may round otherwise; so they are laid out anew."""
-    from conftest import build_multiview
-
     pipe = build_multiview()
     pipe.save_pretrained(tmp_path)
     loaded = MultiViewTilePipeline.from_pretrained(tmp_path)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import multiview_components
+from conftest import build_multiview, multiview_components
 from diffusers import ControlNetModel, DiffusionPipeline, MultiControlNetModel
 from PIL import Image
 
@@ -42,9 +42,7 @@ def pictures() -> list[Image.Image]:
 
 
 def make_pipe(components, **changes) -> MultiViewTilePipeline:
-    pipe = MultiViewTilePipeline(**{**components, **changes}, view_size=16, default_num_inference_steps=2)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return build_multiview({**components, **changes})
 
 
 def draw(pipe, image, seed: int = 0, **kwargs) -> torch.Tensor:

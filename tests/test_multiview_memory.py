@@ -117,7 +117,7 @@ def test_model_cpu_offload_order(pipe):
 
 
 def test_sequential_cpu_offload_forward_pass(pipe, base):
-    """Oracle: the tiles of the plain pipeline; afterwards no weight is left loaded, although the write pass ends early."""
+    """Oracle: the tiles of the plain pipeline; afterwards no weight is left loaded."""
     offload_layers(pipe)
     assert pipe._execution_device.type == DEVICE.type
     assert_same(draw(pipe), base)

@@ -8,15 +8,17 @@ import torch
 from conftest import build_multiview, multiview_components
 from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image
-from test_multiview_pipeline import COMPONENTS, SIZE
+from training_config import COMPONENTS, SIZE
 
-from one2345pp import CameraRig, InputError, MultiViewTilePipeline
+from one2345pp import CameraRig, InputError, MultiViewTilePipeline, SparseVolumeDiffusionPipeline
 from one2345pp.data.dataset import PreparedDataset
 from one2345pp.data.prepare import RIGS, make_ring, prepare
 from one2345pp.data.shapes import shape
 from one2345pp.geometry.render import render
-from one2345pp.training import multiview, tiles
+from one2345pp.training import multiview
 from one2345pp.training.components import build_unet, seeded, start_from
+from one2345pp.training.denoiser import DenoiserObjective
+from one2345pp.training.multiview_data import Frames, LatentDataset
 
 
 PHASE = {"minutes": 60, "max_steps": 2, "batch_size": 8, "lr": 1e-3, "warmup_steps": 1}
@@ -99,21 +101,22 @@ def test_a_controlnet_is_told_the_rig(picture):
 
 
 def test_the_chain_reconstructs_with_the_cameras_of_the_rig(tiny_chain, monkeypatch):
-    """Oracle: the rig and label that stage 1 and the volume stage get."""
-    from one2345pp.pipelines import candidates as module
-
+    """Oracle: the cameras that the volume stage gets are those of the rig that the views were drawn for, and go with them."""
     tiny_chain.register_modules(unet=components()["unet"])
     tiny_chain.register_to_config(multiview_config={**tiny_chain.config.multiview_config, "rigs": list(RIGS)})
-    calls = []
-    reconstruct = module.reconstruct_drawn
-    monkeypatch.setattr(
-        module, "reconstruct_drawn", lambda *args, **kwargs: calls.append(args[2]) or reconstruct(*args, **kwargs)
-    )
+    given, reconstruct = [], SparseVolumeDiffusionPipeline.reconstruct
+
+    def look(stage, views, **options):
+        given.append(views)
+        return reconstruct(stage, views, **options)
+
+    monkeypatch.setattr(SparseVolumeDiffusionPipeline, "reconstruct", look)
     image = Image.new("RGBA", (64, 64))
     image.paste((200, 60, 40, 255), (16, 10, 50, 54))
     for rig in RIGS:
-        tiny_chain(image, rig=rig, refine=False, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(calls[-1].camera_to_world, CameraRig.named(rig).camera_to_world)
+        out = tiny_chain(image, rig=rig, refine=False, generator=torch.Generator().manual_seed(0))
+        for views in (given[-1], out.views[0]):
+            assert torch.equal(views.rig.camera_to_world, CameraRig.named(rig).camera_to_world)
 
 
 # --- learning -------------------------------------------------------------------------------------------------------
@@ -134,7 +137,7 @@ def rings(tmp_path_factory):
 def test_rings_of_both_rigs_take_turns(rings):
     """Oracle: the front tile of each rig, drawn anew from the mesh."""
     data = PreparedDataset(rings)
-    frames = tiles.Frames(data, {"rigs": list(RIGS), "view_size": 16})
+    frames = Frames(data, RIGS, 16)
     for item in (data[i] for i in range(len(data)) if data[i]["name"] == "house"):
         label = frames.labels(item)
         assert label.shape == (12,) and len(set(label.tolist())) == 1
@@ -147,7 +150,7 @@ def test_rings_of_both_rigs_take_turns(rings):
         assert np.abs(views[..., 3].astype(int) - drawn[..., 3]).mean() < 1
     assert sorted(int(frames.labels(data[i])[0]) for i in range(len(data))) == [0, 0, 1, 1]
     with pytest.raises(InputError, match="was prepared for zero123plus-v1.2, zero123plus-v1.1, the config is for"):
-        tiles.Frames(data, {"rig": RIGS[0], "view_size": 16})
+        Frames(data, RIGS[:1], 16)
 
 
 def test_frames_hold_a_tile_of_each_rig():
@@ -156,7 +159,7 @@ def test_frames_hold_a_tile_of_each_rig():
     class Prepared:
         meta, path = {"rigs": RIGS, "inputs": 2}, "data"
 
-    frames = tiles.Frames(Prepared(), {"rigs": [RIGS[1], RIGS[0]], "view_size": 16})
+    frames = Frames(Prepared(), [RIGS[1], RIGS[0]], 16)
     assert frames.views.tolist() == [list(range(6, 12)), list(range(6))] and frames.inputs.tolist() == [[0, 1]] * 2
     assert frames.labels({}).tolist() == [0, 1]
 
@@ -169,15 +172,15 @@ def test_training_tells_the_rigs_apart(rings, tmp_path):
         "default_num_inference_steps": 2,
         "components": {**COMPONENTS, "unet": {**COMPONENTS["unet"], "num_class_embeds": 2}},
         "phases": {"vae": PHASE, "vision": PHASE, "unet": PHASE},
+        "recolored_copies": 1,
     }
     multiview.run(config, data=rings, output=tmp_path, device="cpu")
     pipe = MultiViewTilePipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe.rigs == list(RIGS) and json.loads((tmp_path / "pipeline" / "model_index.json").read_text())["rigs"]
-    config = {**multiview.DEFAULTS, **config}
-    latents = tiles.LatentDataset(rings, config, pipe, tmp_path / "latents")
+    latents = LatentDataset(rings, pipe, tmp_path / "latents")
     labels = [int(latents[i]["label"]) for i in range(len(latents))]
     assert labels == [0] * 24 + [1] * 24 + [0] * 24 + [1] * 24  # files by frame, then a copy in other colours
-    objective = multiview.DenoiserObjective(config, pipe, latents.empty, [])
+    objective = DenoiserObjective(pipe, latents.empty, [])
     batch = objective.collate([latents[0], latents[30]], torch.Generator().manual_seed(0))
     assert batch["labels"].tolist() == [0, 1]
     objective.loss(batch, torch.Generator().manual_seed(0))[0].backward()
@@ -187,10 +190,10 @@ def test_training_tells_the_rigs_apart(rings, tmp_path):
 
 def test_new_classes_begin_by_adding_nothing(tmp_path):
     """Oracle: the UNet without classes, from which one with two starts: the same prediction for both."""
-    source = seeded(build_unet, {"components": COMPONENTS, "seed": 0})
+    source = seeded(build_unet, COMPONENTS["unet"], 0)
     source.save_pretrained(tmp_path / "unet")
     more = {**COMPONENTS["unet"], "num_class_embeds": 2}
-    model = seeded(build_unet, {"components": {"unet": more}, "seed": 1})
+    model = seeded(build_unet, more, 1)
     start_from(str(tmp_path), "unet", model)
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(1, source.config.in_channels, 12, 8, generator=generator)

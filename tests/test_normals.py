@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from one2345pp import InputError
-from one2345pp.pipelines.normals import key_by_normals
+from one2345pp.pipelines.picture.key_by_normals import key_by_normals
 
 
 def ball(color: tuple[int, int, int], softness: float = 0.0) -> tuple[Image.Image, Image.Image, np.ndarray]:

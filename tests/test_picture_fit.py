@@ -89,11 +89,11 @@ def test_a_mesh_that_cannot_be_seen_stays_as_it_is():
     assert fit.factors.tolist() == [1, 1, 1] and np.asarray(fit.view).max() == 0
 
 
-def test_outlines_overlap_as_their_areas_say():
+@pytest.mark.parametrize("rig", [CameraRig.from_angles([0, 180], 0, 0.3, 4.0), CameraRig.orthographic([0, 180], 0)])
+def test_outlines_overlap_as_their_areas_say(rig):
     """Oracle: a box half as wide covers half of what the whole one does, seen flat from the front; and nothing agrees with nothing."""
     whole = trimesh.creation.box(extents=(0.6, 0.4, 0.001))
     half = trimesh.creation.box(extents=(0.3, 0.4, 0.001))
-    rig = CameraRig.from_angles([0.0, 180.0], 0.0, 0.3, 4.0)
     views = [Image.fromarray(view) for view in render(whole, rig, 96)]
     assert outline_overlap(whole, views, rig) == pytest.approx([1, 1], abs=0.02)
     assert outline_overlap(half, views, rig) == pytest.approx([0.5, 0.5], abs=0.03)

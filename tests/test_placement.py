@@ -17,12 +17,12 @@ from one2345pp.geometry.render import render
 RIG = CameraRig.named("zero123plus-v1.2")
 
 
-def overlap(mesh: trimesh.Trimesh, elevation: float, fov: float) -> tuple[float, float]:
+def overlap(mesh: trimesh.Trimesh, elevation: float, fov: float, rig: CameraRig = RIG) -> tuple[float, float]:
     """Of a picture that was taken with another lens, framed and placed: its outline's IoU with what the camera that comes back
     sees, and how far its colours are from that."""
     taken = CameraRig.from_angles([0.0], elevation, fov, 0.5 / np.sin(fov / 2))
     picture = frame_object(Image.fromarray(render(mesh, taken, 160)[0]), 128)
-    placed, camera = place_picture(picture, RIG, elevation)
+    placed, camera = place_picture(picture, rig, elevation)
     truth = render(mesh, camera, 128)[0]
     a, b = np.asarray(placed)[..., 3] >= 128, truth[..., 3] >= 128
     colors = np.abs(np.asarray(placed)[a & b][:, :3].astype(int) - truth[a & b][:, :3]).mean()
@@ -44,10 +44,11 @@ def test_the_circle_of_an_outline():
     assert np.allclose(outline_circle(corner), (35, 30, np.hypot(15, 20)))
 
 
+@pytest.mark.parametrize("rig", [RIG, CameraRig.orthographic([90, 0], 0)])
 @pytest.mark.parametrize(("elevation", "fov"), [(10.0, 0.52), (-10.0, 0.4), (30.0, 0.9)])
-def test_a_framed_picture_is_about_what_the_camera_sees(elevation, fov):
+def test_a_framed_picture_is_about_what_the_camera_sees(elevation, fov, rig):
     """Oracle: the mesh, which has depth, drawn by the camera that comes back."""
-    iou, colors = overlap(normalize_to_sphere(shape("mug")), elevation, fov)
+    iou, colors = overlap(normalize_to_sphere(shape("mug")), elevation, fov, rig)
     assert iou > 0.65 and colors < 30
 
 

@@ -11,11 +11,10 @@ from one2345pp.models.sparse import (
     SparseConv3d,
     SparseGrid,
     SparseGroupNorm,
-    SparseTensor,
     functional,
+    grid,
     set_sparse_backend,
     spconv_backend,
-    tensor,
 )
 
 
@@ -42,10 +41,17 @@ def randn(*shape, rng, dtype=torch.float32):
     return torch.randn(shape, generator=rng).to(dtype).requires_grad_()
 
 
-def read(volume, grid):
-    """Rows of `volume [B, C, X, X, X]` at the voxels of `grid`."""
-    sample, x, y, z = grid.coords.unbind(1)
+def read(volume, voxels):
+    """Rows of `volume [B, C, X, X, X]` at the voxels."""
+    sample, x, y, z = voxels.coords.unbind(1)
     return volume[sample, :, x, y, z]
+
+
+def scattered(features, voxels):
+    """The volume `[B, C, X, X, X]` that has these features at the voxels and zeros elsewhere; `read` undoes it."""
+    volume = features.new_zeros(voxels.batch_size, *[voxels.resolution] * 3, features.shape[1])
+    volume[voxels.coords.unbind(1)] = features
+    return volume.movedim(-1, 1)
 
 
 def assert_same_values_and_gradients(sparse, dense, parameters, rng, tolerance=1e-4):
@@ -67,10 +73,10 @@ def test_submanifold_conv_equals_dense_conv_on_active_sites(voxels, rng, dtype, 
     features = randn(len(voxels), 5, rng=rng, dtype=dtype)
     weight, bias = randn(3, 5, 3, 3, 3, rng=rng, dtype=dtype), randn(3, rng=rng, dtype=dtype)
     sparse = functional.submanifold_conv3d(features, weight, bias, voxels)
-    dense = F.conv3d(SparseTensor(features, voxels).dense().float(), weight.float(), bias.float(), padding=1)
+    expected = F.conv3d(scattered(features, voxels).float(), weight.float(), bias.float(), padding=1)
     assert sparse.dtype == dtype
     assert_same_values_and_gradients(
-        sparse, read(dense, voxels).to(dtype), (features, weight, bias), rng, TOLERANCE[dtype]
+        sparse, read(expected, voxels).to(dtype), (features, weight, bias), rng, TOLERANCE[dtype]
     )
 
 
@@ -98,9 +104,9 @@ def test_down_conv_equals_strided_dense_conv(voxels, rng):
     features, weight, bias = randn(len(voxels), 5, rng=rng), randn(3, 5, 2, 2, 2, rng=rng), randn(3, rng=rng)
     sparse = functional.down_conv3d(features, weight, bias, voxels)
     odd = voxels.resolution % 2
-    dense = F.conv3d(F.pad(SparseTensor(features, voxels).dense(), (0, odd) * 3), weight, bias, stride=2)
-    assert_same_values_and_gradients(sparse, read(dense, voxels.coarser), (features, weight, bias), rng)
-    occupancy = F.max_pool3d(SparseTensor(torch.ones(len(voxels), 1), voxels).dense(), 2, ceil_mode=True)
+    expected = F.conv3d(F.pad(scattered(features, voxels), (0, odd) * 3), weight, bias, stride=2)
+    assert_same_values_and_gradients(sparse, read(expected, voxels.coarser), (features, weight, bias), rng)
+    occupancy = F.max_pool3d(scattered(torch.ones(len(voxels), 1), voxels), 2, ceil_mode=True)
     assert torch.equal(voxels.coarser.coords, occupancy[:, 0].nonzero())
 
 
@@ -109,16 +115,8 @@ def test_up_conv_equals_transposed_dense_conv(voxels, rng):
     features, weight = randn(len(voxels.coarser), 5, rng=rng), randn(5, 3, 2, 2, 2, rng=rng)
     bias = randn(3, rng=rng)
     sparse = functional.up_conv3d(features, weight, bias, voxels)
-    dense = F.conv_transpose3d(SparseTensor(features, voxels.coarser).dense(), weight, bias, stride=2)
-    assert_same_values_and_gradients(sparse, read(dense, voxels), (features, weight, bias), rng)
-
-
-def test_upsample_nearest_equals_dense_interpolation(voxels, rng):
-    """Oracle: dense nearest interpolation, read at the known fine voxels."""
-    features = randn(len(voxels.coarser), 4, rng=rng)
-    sparse = functional.upsample_nearest(features, voxels)
-    dense = F.interpolate(SparseTensor(features, voxels.coarser).dense(), scale_factor=2, mode="nearest")
-    assert_same_values_and_gradients(sparse, read(dense, voxels), (features,), rng)
+    expected = F.conv_transpose3d(scattered(features, voxels.coarser), weight, bias, stride=2)
+    assert_same_values_and_gradients(sparse, read(expected, voxels), (features, weight, bias), rng)
 
 
 def test_group_norm_equals_torch_group_norm_of_each_sample(voxels, rng):
@@ -144,7 +142,7 @@ def test_group_norm_takes_a_scale_and_shift_of_each_sample(voxels, rng):
 
 def test_search_and_lookup_table_give_the_same_neighbors(voxels, monkeypatch):
     """Proves that the search in sorted keys, taken for huge grids, is a twin of the dense lookup table."""
-    monkeypatch.setattr(tensor, "TABLE_CELLS", 0)
+    monkeypatch.setattr(grid, "TABLE_CELLS", 0)
     searched = SparseGrid(voxels.coords, voxels.resolution, voxels.batch_size)
     assert torch.equal(searched.neighbors, voxels.neighbors)
     assert searched.neighbors.dtype == torch.int32
@@ -208,15 +206,6 @@ def test_no_voxels_at_all():
     assert hidden.shape == (0, 3) and features.grad.shape == (0, 4)
 
 
-def test_dense_and_back(rng):
-    """Proves that scatter and gather are inverse, axes included."""
-    volume = torch.randn(2, 3, 5, 5, 5, generator=rng)
-    active = torch.rand(2, 5, 5, 5, generator=rng) < 0.3
-    sparse = SparseTensor.from_dense(volume, active)
-    assert torch.equal(sparse.dense(fill=9.0), torch.where(active[:, None], volume, 9.0))
-    assert torch.equal(sparse.replace(-sparse.features).dense(), -sparse.dense())
-
-
 @pytest.mark.parametrize(
     ("coords", "match"),
     [
@@ -235,10 +224,9 @@ def test_unusable_coordinates_are_named(coords, match):
 
 def test_subdivided_voxels_are_the_children(voxels):
     """Oracle: nearest interpolation of the dense occupancy; coarsening gives the parents back."""
-    dense = SparseTensor(torch.ones(len(voxels), 1), voxels).dense()
     fine = voxels.subdivided()
-    expected = F.interpolate(dense, scale_factor=2, mode="nearest")[:, 0]
-    assert torch.equal(SparseTensor(torch.ones(len(fine), 1), fine).dense()[:, 0], expected)
+    expected = F.interpolate(scattered(torch.ones(len(voxels), 1), voxels), scale_factor=2, mode="nearest")
+    assert torch.equal(scattered(torch.ones(len(fine), 1), fine), expected)
     assert set(map(tuple, fine.coarser.coords.tolist())) == set(map(tuple, voxels.coords.tolist()))
     kept = voxels.coords[:, 1] > 2
     assert torch.equal(voxels.where(kept).coords, voxels.coords[kept])
@@ -281,8 +269,3 @@ def test_cuda_backends_equal_the_cpu(backend, voxels, rng):
     torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=1e-3)
     for a, b in zip(torch.autograd.grad(found.square().sum(), [moved, conv.weight]), gradients, strict=True):
         torch.testing.assert_close(a.cpu(), b, atol=1e-2, rtol=1e-2)
-
-
-def test_features_need_a_row_for_each_voxel(voxels):
-    with pytest.raises(InputError, match="row for each voxel"):
-        SparseTensor(torch.zeros(len(voxels) + 1, 2), voxels)

@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from test_multiview_pipeline import COMPONENTS
 from test_training_volume import CONFIG, dataset, first_stage  # noqa: F401  four frames of two objects
+from training_config import COMPONENTS
 
 from one2345pp.training import drawn_views
 from one2345pp.training.drawn_views import DrawnViewsDataset

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from one2345pp.errors import InputError
-from one2345pp.training.loop import share_minutes, train
+from one2345pp.training.loop import LoopSettings, share_minutes, train
 
 
 SETTINGS = {"batch_size": 2, "lr": 1e-2, "lr_schedule": "constant", "warmup_steps": 1, "ema_decay": 0.0}
@@ -45,7 +45,7 @@ def weights(output: Path, dropout: float, *steps: int, seed: int = 0) -> torch.T
     torch.seed()
     for most in steps:
         objective = Copying(dropout)
-        train(objective, torch.eye(8), SETTINGS | {"max_steps": most, "seed": seed}, output, device="cpu")
+        train(objective, torch.eye(8), LoopSettings(**SETTINGS, max_steps=most, seed=seed), output, device="cpu")
     return torch.cat([parameter.detach().flatten() for parameter in objective.modules.parameters()])
 
 
@@ -63,7 +63,7 @@ def test_dropout_is_another_one_each_step(tmp_path):
     """Oracle: the masks of four steps, which a seed that forgot the step would make equal."""
     objective, masks = Copying(0.5), []
     objective.modules["net"][1].register_forward_hook(lambda layer, args, out: masks.append(out == 0))
-    train(objective, torch.eye(8), SETTINGS | {"max_steps": 4}, tmp_path, device="cpu")
+    train(objective, torch.eye(8), LoopSettings(**SETTINGS, max_steps=4), tmp_path, device="cpu")
     assert len(masks) == 4 and not any(torch.equal(masks[0], mask) for mask in masks[1:])
 
 
@@ -75,7 +75,7 @@ def test_a_cut_save_leaves_the_files_before(tmp_path):
     before = {file: file.read_bytes() for file in tmp_path.glob("[ab]/*")}
     assert len(before) == 3
     with pytest.raises(OSError, match="no space"):
-        train(Copying(break_save=True), torch.eye(8), SETTINGS | {"max_steps": 2}, tmp_path, device="cpu")
+        train(Copying(break_save=True), torch.eye(8), LoopSettings(**SETTINGS, max_steps=2), tmp_path, device="cpu")
     assert {file: file.read_bytes() for file in tmp_path.glob("[ab]/*")} == before
     weights(tmp_path, 0.0, 3)
     after = {file: file.read_bytes() for file in tmp_path.glob("[ab]/*")}
@@ -86,9 +86,9 @@ def test_a_cut_save_leaves_the_files_before(tmp_path):
 
 def test_minutes_are_shared_out_or_refused():
     """Oracle: sums and ratios; a phase without a limit is named."""
-    phases = {"vae": {"minutes": 10}, "unet": {"minutes": 30}}
+    phases = {"vae": LoopSettings(minutes=10), "unet": LoopSettings(minutes=30)}
     assert share_minutes(phases, None) == {"vae": 10, "unet": 30}
     assert share_minutes(phases, 4) == {"vae": 1, "unet": 3}
-    assert share_minutes({"vae": {}}, None) == {"vae": None}
+    assert share_minutes({"vae": LoopSettings()}, None) == {"vae": None}
     with pytest.raises(InputError, match="needs minutes of its own, and vision has none"):
-        share_minutes(phases | {"vision": {}}, 4)
+        share_minutes(phases | {"vision": LoopSettings()}, 4)

@@ -13,7 +13,7 @@ from test_training_volume import CONFIG
 import one2345pp
 from one2345pp import CameraRig, One2345PlusPlusPipeline
 from one2345pp.cli import main
-from one2345pp.pipelines.preprocess import make_tile
+from one2345pp.geometry.tile import make_tile
 
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +60,7 @@ def test_commands_run(place, tiny_chain_folder):
     for stage, config in CONFIG.items():
         shipped = json.loads((ROOT / "configs" / f"{stage}-small.json").read_text())
         tiny = {
-            "unet": config["unet"] | {"global_channels": pipe.vision_encoder.config.projection_dim},
+            "unet": config["unet"] | {"global_channels": pipe.multiview.vision_encoder.config.projection_dim},
             "training": config["training"] | {"max_steps": 1},
             "objective": shipped["objective"],
         }

@@ -3,14 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from one2345pp import CameraRig, ConditionEncoder, OccupancyUNet3DModel, SparseUNet3DModel
 from one2345pp.geometry.cameras import project
 from one2345pp.geometry.volume import cell_centers
-from one2345pp.models.condition_encoder import ViewBatch, patch_features, project_pixels, views_to_images
+from one2345pp.models.condition_encoder import patch_features, project_pixels
 from one2345pp.models.sparse import SparseGrid
+from one2345pp.models.view_batch import ViewBatch
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -18,16 +21,15 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @pytest.fixture
 def batch():
-    generator = torch.Generator().manual_seed(0)
-    views = torch.rand(2, 6, 4, 16, 16, generator=generator)
+    values = np.random.default_rng(0).integers(0, 256, (2, 6, 16, 16, 4), np.uint8)
     rigs = [CameraRig.named("zero123plus-v1.2"), CameraRig.named("zero123plus-v1.1")]
-    return ViewBatch.make(views_to_images(views), rigs)
+    return ViewBatch.from_pictures([[Image.fromarray(view) for view in views] for views in values], rigs, 16)
 
 
 def encoder(**kwargs):
     torch.manual_seed(0)
-    config = {"resolution": 8, "channels": (8, 12), "image_size": 16, "stem_channels": (8, 8), "patch_channels": 0}
-    return ConditionEncoder(**config | {"hidden_channels": 8} | kwargs).eval()
+    config = {"resolution": 8, "channels": (6, 10), "image_size": 16, "stem_channels": (8, 4), "patch_channels": 0}
+    return ConditionEncoder(**config | {"hidden_channels": 12} | kwargs).eval()
 
 
 def test_sampling_reads_where_the_camera_sees(batch):
@@ -69,9 +71,8 @@ def test_points_behind_a_camera_and_outside_an_image_read_zero(batch):
 def test_order_of_views_makes_no_difference(batch):
     """Pooling over views is symmetric."""
     order = [3, 1, 5, 0, 2, 4]
-    shuffled = ViewBatch(
-        batch.images[:, order], batch.world_to_camera[:, order], batch.tan_half_fov[:, order], batch.present[:, order]
-    )
+    fields = ("images", "world_to_camera", "tan_half_fov", "half_width", "present")
+    shuffled = ViewBatch(*(getattr(batch, name)[:, order] for name in fields))
     for pooling in ("max", "max_mean"):
         model = encoder(pooling=pooling)
         for a, b in zip(model(batch), model(shuffled), strict=True):
@@ -97,20 +98,20 @@ def test_absent_views_do_not_count(batch):
     assert torch.equal(model(batch)[0], expected)
 
 
-def test_projected_pixels_show_the_views_colour_and_direction(batch):
-    images = views_to_images(torch.ones(1, 6, 4, 16, 16) * torch.tensor([1.0, 0.5, 0.0, 1.0])[:, None, None])
-    views = ViewBatch.make(images, [CameraRig.named("zero123plus-v1.2")])
+def test_projected_pixels_show_the_views_colour_and_direction():
+    rig = CameraRig.named("zero123plus-v1.2")
+    views = ViewBatch.from_pictures([[Image.new("RGBA", (16, 16), (255, 51, 0, 255))] * 6], [rig], 16)
     grid = SparseGrid(torch.tensor([[0, 4, 4, 4], [0, 3, 4, 4]]), 8, 1)
     pixels = project_pixels(views, grid)
-    assert torch.allclose(pixels.colors, torch.tensor([1.0, 0.0, -1.0]).expand(2, 6, 3), atol=1e-5)
+    assert torch.allclose(pixels.colors, torch.tensor([1.0, -0.6, -1.0]).expand(2, 6, 3), atol=1e-5)
     assert torch.allclose(pixels.valid, torch.ones(2, 6))
-    toward = CameraRig.named("zero123plus-v1.2").positions - cell_centers(grid.coords[0, 1:], 8)
+    toward = rig.positions - cell_centers(grid.coords[0, 1:], 8)
     assert torch.allclose(pixels.directions[0], torch.nn.functional.normalize(toward, dim=-1), atol=1e-5)
 
 
 def unet(**kwargs):
     torch.manual_seed(0)
-    config = {"sample_size": 8, "block_out_channels": (8, 16), "condition_channels": (4, 4), "global_channels": 6}
+    config = {"sample_size": 8, "block_out_channels": (8, 16), "condition_channels": (4, 12), "global_channels": 6}
     model = OccupancyUNet3DModel(
         **config | {"attention_levels": (1,), "norm_num_groups": 4, "dropout": 0.0} | kwargs
     ).eval()
@@ -122,7 +123,7 @@ def unet(**kwargs):
 
 def test_every_input_of_the_occupancy_unet_matters():
     model, x = unet(), torch.randn(2, 1, 8, 8, 8)
-    condition = [torch.randn(2, 4, 8, 8, 8), torch.randn(2, 4, 4, 4, 4)]
+    condition = [torch.randn(2, 4, 8, 8, 8), torch.randn(2, 12, 4, 4, 4)]
     inputs = {
         "timestep": torch.tensor([10, 700]),
         "condition": condition,
@@ -143,7 +144,7 @@ def test_every_input_of_the_occupancy_unet_matters():
 
 def test_no_condition_equals_zeros():
     model, x = unet(), torch.randn(1, 1, 8, 8, 8)
-    zeros = [torch.zeros(1, 4, 8, 8, 8), torch.zeros(1, 4, 4, 4, 4)]
+    zeros = [torch.zeros(1, 4, 8, 8, 8), torch.zeros(1, 12, 4, 4, 4)]
     assert torch.equal(model(x, 5).sample, model(x, 5, zeros).sample)
 
 
@@ -199,19 +200,25 @@ def test_patch_features_are_sampled_from_a_dinov2():
     assert torch.allclose(patches[1, 2, :, 1, 3], tokens[0, 1 + 4 + 3], atol=1e-5)
     rig = CameraRig.from_angles([0, 90, 180], 10, 0.6, 1.8)
     model = encoder(patch_channels=16, stem_channels=())
-    assert model(ViewBatch.make(images, [rig, rig], patches))[0].shape == (2, 8, 8, 8, 8)
+    views = ViewBatch.from_pictures([[Image.new("RGBA", (16, 16))] * 3] * 2, [rig, rig], 16)
+    views.patches = patches
+    pyramid = model(views)
+    assert pyramid[0].shape == (2, 6, 8, 8, 8)
+    views.patches = patches.flip(1)
+    assert not torch.equal(model(views)[0], pyramid[0])
 
 
 def test_patch_features_are_for_encoders_that_take_them():
     """A patch encoder whose patches do not divide the views does not matter to encoders without patch channels."""
     from conftest import tiny_dinov2, volume_components
-    from PIL import Image
 
-    from one2345pp import SparseVolumeDiffusionPipeline
+    from one2345pp import SparseVolumeDiffusionPipeline, Views
 
     parts = volume_components()
-    parts["occupancy_condition"] = encoder(image_size=20, hidden_channels=8, channels=(8, 8), stem_channels=(8,))
+    parts["occupancy_condition"] = ConditionEncoder.from_config(parts["occupancy_condition"].config, image_size=20)
     pipe = SparseVolumeDiffusionPipeline(**parts, patch_encoder=tiny_dinov2())
-    rig, views = CameraRig.from_angles([0, 90], 10, 0.6, 1.8), [Image.new("RGBA", (20, 20), (200, 0, 0, 255))] * 2
-    assert pipe.prepare_views([views], [rig], pipe.occupancy_condition).patches is None
+    rig, view = CameraRig.from_angles([0, 90], 10, 0.6, 1.8), Image.new("RGBA", (20, 20))
+    view.paste((200, 0, 0, 255), (4, 4, 16, 16))
+    views = [view] * 2
+    assert pipe.prepare_views([Views(views, rig)], pipe.occupancy_condition).patches is None
     assert len(pipe(views, cameras=rig, num_occupancy_steps=1, num_sparse_steps=1, output_type="volume").volumes) == 1

@@ -12,6 +12,7 @@ from PIL import Image
 
 from one2345pp import CameraRig, LogSNRScheduler, SparseVolumeDiffusionPipeline
 from one2345pp.errors import InputError
+from one2345pp.pipelines.volume.denoising import guided
 
 
 BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "sample"}
@@ -164,6 +165,17 @@ def test_callback_sees_and_changes_both_stages(pipe, views):
     out = pipe(views, output_type="volume", generator=seeded(), callback_on_step_end=callback)
     assert shapes == [(0, 5), (1, 5), (2, 2), (3, 2)]
     assert (out.volumes[0].sdf == 0).all()
+
+
+def test_guidance_is_its_formula():
+    """By hand: a network that says 2 c + v + 1 of condition c and vector v says 1 of neither, so scale 3 gives 1 + 3 (2 c + v)."""
+    condition, vector = [torch.tensor([0.5, -1.0])], torch.tensor([2.0, 4.0])
+
+    def network(levels, vector, pixels):
+        return 2 * levels[0] + vector + 1
+
+    assert guided(network, 3.0, condition, vector).tolist() == [10.0, 7.0]
+    assert guided(network, 1.0, condition, vector).tolist() == [4.0, 3.0]
 
 
 def test_guidance_changes_the_result_and_one_is_without(pipe, views):

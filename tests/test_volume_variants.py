@@ -1,4 +1,4 @@
-"""Stage 2 as its configs vary it: the ablations of the paper's Table 4, normals as channels, predicted supports, a third network."""
+"""Stage 2 as its configs vary it: the ablations of the paper's Table 4, maps of the views, predicted supports, a third network."""
 
 import copy
 
@@ -14,10 +14,10 @@ from one2345pp import CameraRig, ConditionEncoder, SparseUNet3DModel, SparseVolu
 from one2345pp.data.dataset import PreparedDataset
 from one2345pp.data.prepare import RIGS, prepare
 from one2345pp.errors import InputError
-from one2345pp.models.condition_encoder import ViewBatch, views_to_images
+from one2345pp.models.view_batch import ViewBatch
 from one2345pp.training import occupancy, sparse
 from one2345pp.training.sparse import SparseObjective, subdivide
-from one2345pp.training.views import DEFAULTS, SampleBatch
+from one2345pp.training.views import SampleBatch, ViewSettings
 
 
 RIG = CameraRig.named(RIGS[0])
@@ -25,23 +25,25 @@ RIG = CameraRig.named(RIGS[0])
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """One box with a nose, a front frame with normals."""
+    """One red box with a nose, a front frame with normals."""
     folder = tmp_path_factory.mktemp("variants")
     nose = trimesh.creation.box((0.2, 0.2, 0.5)).apply_translation([0.1, 0, 0.3])
-    trimesh.util.concatenate([trimesh.creation.box((0.6, 0.5, 0.3)), nose]).export(folder / "box.ply")
-    prepare([folder / "box.ply"], folder / "data", frames=1, view_size=16, resolution=16, workers=1, normals=True)
+    mesh = trimesh.util.concatenate([trimesh.creation.box((0.6, 0.5, 0.3)), nose])
+    mesh.visual.vertex_colors = [200, 90, 30, 255]
+    mesh.export(folder / "box.ply")
+    prepare([folder / "box.ply"], folder / "data", frames=1, view_size=16, resolution=16, workers=1, maps=["normals"])
     return PreparedDataset(folder / "data")
 
 
 def encoder(**kwargs):
     torch.manual_seed(0)
-    config = {"resolution": 8, "channels": (8,), "image_size": 16, "stem_channels": (8,), "patch_channels": 0}
-    return ConditionEncoder(**config | {"hidden_channels": 8} | kwargs).eval()
+    config = {"resolution": 8, "channels": (6,), "image_size": 16, "stem_channels": (8,), "patch_channels": 0}
+    return ConditionEncoder(**config | {"hidden_channels": 12} | kwargs).eval()
 
 
 def view_batch(seed: int, rig: CameraRig = RIG) -> ViewBatch:
-    views = torch.rand(1, 6, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
-    return ViewBatch.make(views_to_images(views), [rig])
+    values = np.random.default_rng(seed).integers(0, 256, (6, 16, 16, 4), np.uint8)
+    return ViewBatch.from_pictures([[Image.fromarray(value) for value in values]], [rig], 16)
 
 
 # --- ablations ------------------------------------------------------------------------------------------------------
@@ -67,7 +69,7 @@ ABLATIONS = {  # row of Table 4: what its config changes
     "b: global views": {"condition": {"view_features": "global"}},
     "c: no global vector": {"objective": {"multiview": None}, "unet": {"global_channels": 0}},
     "e: no perturbation": {"views": {"perturb": 0.0}},
-    "normals": {"condition": {"view_channels": 7}, "views": {"normals": True}},
+    "normals": {"condition": {"maps": {"normals": 3}}},
     "predicted support": {"objective": {"predicted_support": 1.0}},
     "patches": {"condition": {"patch_channels": 8}},
 }
@@ -99,42 +101,26 @@ def test_every_ablation_trains(stage, name, dataset, tmp_path):
     assert not torch.equal(before["condition.project.weight"], after["condition.project.weight"])
 
 
-# --- normals --------------------------------------------------------------------------------------------------------
+# --- maps -----------------------------------------------------------------------------------------------------------
 
 
-def test_normals_of_prepared_views_point_at_their_cameras_and_mirror(dataset):
-    """Oracle: inside the object every normal has length 1 and looks towards the camera (+z); mirrored, x changes sign."""
-    quiet = {**DEFAULTS, **dict.fromkeys(DEFAULTS, 0.0), "image_size": 16, "normals": True}
-    images = SampleBatch([dataset[0]], quiet, torch.Generator().manual_seed(0)).views.images[0]
-    assert images.shape == (6, 7, 16, 16)
-    inside = images[:, 3] > 0.99
-    normals = images[:, 4:].movedim(1, -1)[inside]
-    assert (normals[:, 2] > 0).all()
-    assert (normals.norm(dim=1) > 0.6).all(), "pixels at an edge mix two faces"
-    assert normals.norm(dim=1).median() == pytest.approx(1, abs=0.02)
-    mirrored = SampleBatch([dataset[0]], quiet | {"mirror": 1.0}, torch.Generator().manual_seed(0)).views.images[0]
-    expected = images.flip(-1)
-    expected[:, 4] *= -1
-    torch.testing.assert_close(mirrored, expected)
-
-
-def test_normals_are_asked_for_where_they_are_taken_and_refused_elsewhere(views):
+def test_maps_are_asked_for_where_they_are_taken_and_refused_elsewhere(views):
     components = volume_components()
     plain = quiet_pipe(components)
     with pytest.raises(InputError, match="take none"):
-        plain(views, normals=views)
-    condition = {"channels": (8, 8), "image_size": 16, "stem_channels": (8,), "patch_channels": 0, "hidden_channels": 8}
+        plain(views, maps={"normals": views})
     torch.manual_seed(0)
-    components["sparse_condition"] = ConditionEncoder(resolution=16, sparse=True, view_channels=7, **condition)
-    seven = quiet_pipe(components)
-    with pytest.raises(InputError, match="need a picture of normals"):
-        seven(views)
+    config = components["sparse_condition"].config
+    components["sparse_condition"] = ConditionEncoder.from_config(config, maps={"normals": 3})
+    pipe = quiet_pipe(components)
+    with pytest.raises(InputError, match=r"maps: got \[\], but these condition encoders take normals"):
+        pipe(views)
     with pytest.raises(InputError, match="expected one a view"):
-        seven(views, normals=views[:5])
+        pipe(views, maps={"normals": views[:5]})
     seeded = [torch.Generator().manual_seed(0) for _ in range(2)]
     towards, across = ([Image.new("RGB", (24, 24), color)] * 6 for color in ((128, 128, 255), (255, 128, 128)))
-    first = seven(views, normals=towards, output_type="volume", generator=seeded[0]).volumes[0]
-    second = seven(views, normals=across, output_type="volume", generator=seeded[1]).volumes[0]
+    first = pipe(views, maps={"normals": towards}, output_type="volume", generator=seeded[0]).volumes[0]
+    second = pipe(views, maps={"normals": across}, output_type="volume", generator=seeded[1]).volumes[0]
     assert torch.equal(first.coords, second.coords)
     assert not torch.equal(first.sdf, second.sdf)
 
@@ -147,8 +133,7 @@ def test_predicted_support_is_what_the_network_sees_above_the_level(dataset, tmp
     occupancy.run(CONFIG["occupancy"], data=dataset.path, output=tmp_path, device="cpu")
     config = CONFIG["sparse"] | {"objective": {"predicted_support": 1.0, "occupancy": str(tmp_path)}}
     objective = SparseObjective(config, dataset.truncation * dataset.meta["resolution"])
-    quiet = {**DEFAULTS, **dict.fromkeys(DEFAULTS, 0.0), "image_size": 16}
-    sample = SampleBatch([dataset[0]], quiet, torch.Generator().manual_seed(0))
+    sample = objective.samples([dataset[0]], ViewSettings().still(), torch.Generator().manual_seed(0))
     predicted = objective.occupancy(sample, draws_after_wobble(sample))
     level = predicted.median()
     batch = objective.batch(sample, 0.0, torch.Generator().manual_seed(1), level[None])
@@ -165,11 +150,6 @@ def draws_after_wobble(sample: SampleBatch) -> torch.Generator:
     generator = torch.Generator().manual_seed(1)
     torch.rand(sample.sdf.shape, generator=generator)
     return generator
-
-
-def test_predicted_support_needs_a_network():
-    with pytest.raises(InputError, match="needs occupancy"):
-        SparseObjective(CONFIG["sparse"] | {"objective": {"predicted_support": 0.5}}, 3.2)
 
 
 # --- a third network, and too many voxels ----------------------------------------------------------------------------
@@ -192,11 +172,10 @@ def quiet_pipe(components: dict, **kwargs) -> SparseVolumeDiffusionPipeline:
 
 def fine_components() -> dict:
     components = volume_components()
-    condition = {"channels": (8, 8), "image_size": 16, "stem_channels": (8,), "patch_channels": 0, "hidden_channels": 8}
-    unet = {"block_out_channels": (8, 8), "condition_channels": (8, 8), "global_channels": 8, "norm_num_groups": 4}
     torch.manual_seed(1)
-    components["fine_condition"] = ConditionEncoder(resolution=32, sparse=True, **condition)
-    components["fine_unet"] = SparseUNet3DModel(sample_size=32, pixel_channels=4, **unet)
+    config = components["sparse_condition"].config
+    components["fine_condition"] = ConditionEncoder.from_config(config, resolution=32, image_size=24)
+    components["fine_unet"] = SparseUNet3DModel.from_config(components["sparse_unet"].config, sample_size=32)
     with torch.no_grad():
         components["sparse_unet"].proj_out.bias[0] += 0.5  # fewer voxels are as deep inside as can be
     return components

@@ -9,13 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import __version__
+from .names import BACKGROUNDS, FIRST_STAGES, RIGS, SHADINGS, TEXTURE_SIZES
 
 
-# Spelled out, so that --help imports nothing heavy; a test compares them with their sources.
-BACKGROUNDS = ("auto", "alpha", "key", "rembg")
-SHADINGS = ("soft", "none", "normal", "wireframe")
-RIGS = ("zero123plus-v1.2", "zero123plus-v1.1")
-TEXTURE_SIZES = (16, 16384)
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -29,19 +26,23 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 when every output was written, 2 for arguments or input that cannot be used, 1 for a failure inside.
+        0 when every output was written, 2 for arguments or input that cannot be used, 1 for a failure inside, 130 after Ctrl-C.
     """
-    args = build_parser().parse_args(argv)
-    from . import commands
-    from .outputs import report
-
     try:
-        return getattr(commands, args.command)(args)
+        args = build_parser().parse_args(argv)
+        from . import commands
+        from .outputs import library_log, report
+
+        try:
+            with library_log(args.quiet):
+                return getattr(commands, args.command)(args)
+        except Exception as error:
+            return report(error)
     except KeyboardInterrupt:
-        sys.stderr.write("one2345pp: interrupted\n")
-        return 1
-    except Exception as error:
-        return report(error)
+        from .outputs import tell
+
+        tell("one2345pp: interrupted", sys.stderr)
+        return INTERRUPTED
 
 
 def build_parser() -> OneLineParser:
@@ -73,6 +74,13 @@ def build_parser() -> OneLineParser:
     )
     generate.add_argument("--candidates", type=positive, metavar="N", help=text)
     generate.add_argument("--rig", choices=RIGS, help="cameras of the six views, of those that the model can draw")
+    text = f"another first stage: folder, Hub id, {' or '.join(FIRST_STAGES)}; the rest comes from --model"
+    generate.add_argument("--multiview", metavar="MODEL", help=text)
+    text = "LoRA weights of the views, and how much they count; again for several"
+    generate.add_argument("--lora", action="append", metavar="FILE[:WEIGHT]", help=text)
+    generate.add_argument("--scheduler", metavar="NAME", help="scheduler class of diffusers for the views")
+    text = "keep models in main memory but for the one that works, or but for the layer"
+    generate.add_argument("--offload", choices=("model", "sequential"), help=text)
     _add_sampling(generate)
     _add_mesh(generate)
 
@@ -87,7 +95,7 @@ def build_parser() -> OneLineParser:
     refine.add_argument("mesh", type=Path, metavar="MESH", help="mesh file")
     _add_views(refine)
     _add_output(refine)
-    refine.add_argument("--rasterizer", choices=("auto", "embree", "nvdiffrast"), default="auto")
+    refine.add_argument("--rasterizer", default="auto", metavar="NAME", help="auto, embree or nvdiffrast")
     _add_mesh(refine)
 
     prepare = command("prepare", "meshes to a data set for training")
@@ -107,7 +115,8 @@ def build_parser() -> OneLineParser:
     prepare.add_argument(
         "--shapes", type=whole, default=0, metavar="N", help="random procedural objects, beside meshes"
     )
-    prepare.add_argument("--normals", action="store_true", help="frames hold the views' normals, too")
+    help_maps = "frames hold this map of the views, too (normals); again for several"
+    prepare.add_argument("--maps", action="append", metavar="NAME", help=help_maps)
     prepare.add_argument("--vary", action="store_true", help="all frames but the fronts: stretched and recoloured")
     prepare.add_argument("--rings", action="append", choices=RIGS, metavar="RIG", help=text)
 
@@ -135,11 +144,15 @@ def build_parser() -> OneLineParser:
     join.add_argument("--sparse", type=Path, required=True, metavar="DIR", help="output of train sparse")
     join.add_argument("--fine", type=Path, metavar="DIR", help="output of train sparse at twice the resolution")
     join.add_argument("--elevation", type=Path, metavar="DIR", help="output of train elevation")
+    text = (
+        "folder of the first stage whose image encoder the volume networks were trained with; defaults to --multiview"
+    )
+    join.add_argument("--volume-encoder", type=Path, metavar="DIR", help=text)
     join.add_argument(
         "--config",
         type=Path,
         metavar="JSON",
-        help="arguments of the stages, volume, drawn_volume and texture, and candidates",
+        help="settings of the stages and of the guide: volume, drawn_volume, texture, guide",
     )
     join.add_argument("--card", type=Path, metavar="MD", help="model card")
     join.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
@@ -163,7 +176,7 @@ def _add_first_stages(kinds) -> None:
     base = kind("stable-diffusion", "FOLDER", "in diffusers' form, with v-prediction", "DIR", text)
     text = "CLIP whose projection is as wide as the text context"
     base.add_argument("--vision-encoder", type=Path, required=True, metavar="FOLDER", help=text)
-    base.add_argument("--rig", choices=RIGS, default=RIGS[0], help="cameras of the views")
+    base.add_argument("--rig", choices=RIGS, default=next(iter(RIGS)), help="cameras of the views")
     base.add_argument("--view-size", type=positive, default=320, metavar="N", help="pixels")
     text = "pixels of the input image, as views attend to it"
     base.add_argument("--reference-size", type=positive, default=512, metavar="N", help=text)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import importlib.util
 import re
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +14,22 @@ from . import __version__
 from .checkpoints import default_checkpoint
 from .errors import InputError
 from .files import read_json
-from .outputs import Job, attempt, check_file, check_folder, plan, report, run_all
+from .loading import (
+    dtype_of,
+    find_device,
+    find_model,
+    find_multiview,
+    hush,
+    is_silent,
+    load_pipeline,
+    load_text_to_image,
+)
+from .outputs import Job, attempt, check_file, check_folder, plan, report, run_all, tell
 
 
 if TYPE_CHECKING:
     import torch
-    import trimesh
-
-    from .pipelines.pipeline_one2345plusplus import One2345PlusPlusPipeline
+    from PIL.Image import Image
 
 
 CONFIG_HINT = "Pass a JSON file of settings."
@@ -43,95 +48,94 @@ def generate(args: argparse.Namespace) -> int:
     if args.prompt is not None and args.text_to_image is None:
         raise InputError("--prompt: needs --text-to-image MODEL, a diffusers text-to-image pipeline.")
     jobs = _plan(args.images or [Path(_slug(args.prompt))], args, args.save_intermediates)
-    model, statuses = _find_model(args.model), []
+    model, multiview, statuses = find_model(args.model), find_multiview(args.multiview), []
+    pictures: dict[Path, Image] = {}
     if args.prompt is None:  # know what cannot be used before the model is loaded
-        from .pipelines.preprocess import isolate_object
+        from .geometry.framing import frame_object
+        from .pipelines.picture.isolate import isolate_object
 
-        def check(job: Job) -> None:
-            isolate_object(job.source, background=args.background)
+        def cut_out(job: Job) -> None:
+            pictures[job.mesh] = frame_object(isolate_object(job.source, background=args.background))
 
-        jobs = [job for job in jobs if attempt(job, check, statuses)]
+        jobs = [job for job in jobs if attempt(job, cut_out, statuses)]
     if not jobs:
         return max(statuses)
-    from .geometry.cameras import CameraRig
-
-    pipe = _load_pipeline(model, args)
-    rig = pipe.rig if args.rig is None else CameraRig.named(args.rig)
-    text_to_image = None if args.prompt is None else _load_text_to_image(args)
+    pipe = load_pipeline(model, args, multiview)
+    text_to_image = None if args.prompt is None else load_text_to_image(args)
 
     def run(job: Job) -> None:
+        picture = pictures.pop(job.mesh, None)
         out = pipe(
-            image=str(job.source) if args.prompt is None else None,
+            image=picture,
             prompt=args.prompt,
             text_to_image=text_to_image,
+            elevation=args.elevation,
+            background=args.background if picture is None else "none",
+            rig=args.rig,
             num_inference_steps=args.steps,
             guidance_scale=args.guidance_scale,
-            num_occupancy_steps=args.occupancy_steps,
-            num_sparse_steps=args.sparse_steps,
-            num_texture_steps=args.texture_steps,
             num_candidates=args.candidates,
-            texture_size=args.texture_size,
-            max_faces=args.faces,
-            watertight=args.watertight,
-            refine=args.refine,
-            background=args.background,
-            elevation=args.elevation,
-            rig=args.rig,
             generator=_generator(args),
+            **_volume_options(args),
+            **_mesh_options(args),
         )
-        job.write(out.meshes[0], out.views[0], rig, out.volumes[0], out.coarse_meshes[0])
+        (degrees,) = out.elevations
+        if degrees is not None and args.elevation is None:
+            job.note = f"seen from about {degrees:.0f} degrees above the horizon (--elevation tells it)"
+        job.write(out.meshes[0], out.views[0], out.volumes[0], out.coarse_meshes[0])
 
     return run_all(jobs, run, args.quiet, statuses)
 
 
 def reconstruct(args: argparse.Namespace) -> int:
     """Views with cameras to a mesh."""
-    from .geometry.extract import finish_mesh
-    from .pipelines.preprocess import frame_object, isolate_object, load_views
+    from .geometry.views import Views
+    from .pipelines.picture.isolate import cut_out_views
 
     jobs = _plan([args.views], args, args.save_intermediates)
-    model = _find_model(args.model)
-    views, rig = load_views(args.views, args.rig)
-    image = None if args.image is None else frame_object(isolate_object(args.image))
-    pipe = _load_pipeline(model, args)
+    model = find_model(args.model)
+    views = cut_out_views(Views.load(args.views, args.rig))
+    pipe = load_pipeline(model, args)
+    image = None if args.image is None else pipe.prepare_image(args.image)
 
     def run(job: Job) -> None:
-        generator = _generator(args)
-        solid = pipe.volume(
+        out = pipe.reconstruct(
             views,
-            cameras=rig,
             image=image,
-            num_occupancy_steps=args.occupancy_steps,
-            num_sparse_steps=args.sparse_steps,
+            background="none",
             guidance_scale=args.guidance_scale,
-            generator=generator,
+            generator=_generator(args),
+            **_volume_options(args),
+            **_mesh_options(args),
         )
-        coarse = solid.meshes[0]
-        if args.refine:
-            mesh = _refined(pipe.texture, coarse, views, rig, args, generator)
-        else:
-            mesh = finish_mesh(coarse, args.faces, args.watertight)
-        job.write(mesh, views, rig, solid.volumes[0], coarse)
+        job.write(out.meshes[0], views, out.volumes[0], out.coarse_meshes[0])
 
     return run_all(jobs, run, args.quiet)
 
 
 def refine(args: argparse.Namespace) -> int:
     """A mesh and views to the mesh with a texture painted from the views."""
+    from .geometry.rasterize import check_rasterizer
+
+    check_rasterizer(args.rasterizer)
     jobs = _plan([args.mesh], args)
-    _hush(args)
+    hush(args)
     from .geometry.mesh import load_mesh
+    from .geometry.views import Views
     from .pipelines.pipeline_one2345plusplus import One2345PlusPlusPipeline
     from .pipelines.pipeline_texture_refinement import TextureRefinementPipeline
-    from .pipelines.preprocess import load_views
 
-    mesh, (views, rig) = load_mesh(args.mesh), load_views(args.views, args.rig)
-    config = One2345PlusPlusPipeline.load_config(_find_model(args.model))
+    mesh, views = load_mesh(args.mesh), Views.load(args.views, args.rig)
+    config = One2345PlusPlusPipeline.load_config(find_model(args.model))
     texture = TextureRefinementPipeline(**config.get("texture_config", {}))
-    texture.set_progress_bar_config(disable=_silent(args))
+    texture.set_progress_bar_config(disable=is_silent(args))
 
     def run(job: Job) -> None:
-        job.write(_refined(texture, mesh, views, rig, args, _generator(args), rasterizer=args.rasterizer), views, rig)
+        options = {"num_inference_steps": args.texture_steps, "texture_size": args.texture_size}
+        options |= {"max_faces": args.faces, "watertight": args.watertight, "rasterizer": args.rasterizer}
+        job.write(
+            texture.paint(mesh, views, generator=_generator(args), device=find_device(args.device), **options), views
+        )
 
     return run_all(jobs, run, args.quiet)
 
@@ -154,7 +158,7 @@ def prepare(args: argparse.Namespace) -> int:
         vary=args.vary,
         rings=args.rings,
         shapes=args.shapes,
-        normals=args.normals,
+        maps=args.maps or (),
     )
     return max((report(InputError(problem)) for problem in problems), default=0)
 
@@ -182,7 +186,7 @@ def train(args: argparse.Namespace) -> int:
     elif args.validation is not None:
         paths["validation"] = args.validation
     stage = importlib.import_module(f".training.{args.stage}", __package__)
-    stage.run(config, **paths, device=_device(args.device), minutes=minutes)
+    stage.run(config, **paths, device=find_device(args.device), minutes=minutes)
     return 0
 
 
@@ -191,14 +195,17 @@ def convert(args: argparse.Namespace) -> int:
     if args.kind == "assemble":
         check_folder(args.output, "-o")
         config = {} if args.config is None else read_json(args.config, CONFIG_HINT)
-        _hush(args)
+        hush(args)
         from .conversion.assemble import assemble
 
-        folders = {"fine": args.fine, "elevation": args.elevation}
+        if unknown := sorted(set(config) - {"volume", "drawn_volume", "texture", "guide", "sign_step_threshold"}):
+            known = "volume, drawn_volume, texture, guide, sign_step_threshold"
+            raise InputError(f"{args.config}: got {unknown}, expected some of {known}.")
+        folders = {"fine": args.fine, "elevation": args.elevation, "volume_encoder": args.volume_encoder}
         assemble(args.multiview, args.occupancy, args.sparse, args.output, **folders, card=args.card, **config)
         return 0
-    _hush(args)
-    dtype = None if args.dtype is None else _dtype(args.dtype)
+    hush(args)
+    dtype = None if args.dtype is None else dtype_of(args.dtype)
     if args.kind == "stable-diffusion":
         from .conversion.stable_diffusion import multiview_from_stable_diffusion as from_stable_diffusion
 
@@ -232,7 +239,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
     result = compare(args.pred, args.gt, args.output, **({} if args.seed is None else {"seed": args.seed}))
     if not args.quiet:
-        sys.stdout.write(result["text"].rstrip() + "\n")
+        tell(result["text"].rstrip(), sys.stdout)
     statuses = [report(InputError(f"{name}: {problem}")) for name, problem in result["failed"].items()]
     return max(statuses, default=0)
 
@@ -244,7 +251,7 @@ def info(args: argparse.Namespace) -> int:
     packages = ("torch", "diffusers", "transformers", "accelerate", "numpy", "trimesh")
     rows = {"one2345pp": __version__, "python": sys.version.split()[0]}
     rows |= {name: importlib.metadata.version(name) for name in packages}
-    rows["device"] = _device(args.device)
+    rows["device"] = find_device(args.device)
     rows["cores"] = str(torch.get_num_threads())
     for extra, module in EXTRAS.items():
         rows[f"[{extra}]"] = "installed" if importlib.util.find_spec(module) else f"pip install 'one2345pp[{extra}]'"
@@ -253,95 +260,8 @@ def info(args: argparse.Namespace) -> int:
     except InputError as error:
         rows["checkpoint"] = str(error)
     for name, value in rows.items():
-        sys.stdout.write(f"{name:<14}{value}\n")
+        tell(f"{name:<14}{value}", sys.stdout)
     return 0
-
-
-# --- models ---------------------------------------------------------------------------------------------------------
-
-
-def _find_model(model: str | None) -> str:
-    """Folder or Hub id of the model; refuses what can be neither."""
-    if model is None:
-        return str(default_checkpoint())
-    if Path(model).is_dir():
-        if not (Path(model) / "model_index.json").is_file():
-            raise InputError(f"--model {model}: has no model_index.json. Pass a folder that save_pretrained wrote.")
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise InputError(f"--model {model}: is neither a folder nor a Hub id (OWNER/NAME).")
-    return model
-
-
-@contextlib.contextmanager
-def _loading(option: str, model: str) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{option} {model}: cannot be loaded ({reason})") from error
-
-
-def _load_pipeline(model: str, args: argparse.Namespace) -> One2345PlusPlusPipeline:
-    """The chain on the device that was asked for."""
-    device = _device(args.device)
-    _hush(args)
-    from .pipelines.pipeline_one2345plusplus import One2345PlusPlusPipeline
-
-    with _loading("--model", model):
-        pipe = One2345PlusPlusPipeline.from_pretrained(model, dtype=_dtype(args.dtype))
-    pipe.set_progress_bar_config(disable=_silent(args))
-    return pipe.to(device)
-
-
-def _load_text_to_image(args: argparse.Namespace):
-    from diffusers import DiffusionPipeline
-
-    with _loading("--text-to-image", args.text_to_image):
-        pipe = DiffusionPipeline.from_pretrained(args.text_to_image, dtype=_dtype(args.dtype))
-    pipe.set_progress_bar_config(disable=_silent(args))
-    return pipe.to(_device(args.device))
-
-
-def _device(name: str) -> str:
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device, found in there.items() if found)
-    if not there[name]:
-        raise InputError(f"--device {name}: this machine has none that PyTorch can use. Pass cpu or auto.")
-    return name
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    return getattr(torch, name)
-
-
-def _generator(args: argparse.Namespace) -> torch.Generator:
-    """A fresh generator for each input, so that results do not depend on the order of inputs."""
-    import torch
-
-    return torch.Generator().manual_seed(args.seed or 0)
-
-
-def _silent(args: argparse.Namespace) -> bool:
-    return args.quiet or not sys.stderr.isatty()
-
-
-def _hush(args: argparse.Namespace) -> None:
-    """Libraries may only speak of errors: warnings about their own future are nothing the person can mend."""
-    warnings.simplefilter("ignore")
-    import diffusers.utils.logging
-    import transformers
-
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        if _silent(args):
-            logging.disable_progress_bar()
 
 
 # --- small ----------------------------------------------------------------------------------------------------------
@@ -354,20 +274,21 @@ def _plan(sources: list[Path], args: argparse.Namespace, intermediates: Path | N
     return plan(sources, args.output, args.preview, intermediates, args.unlit, args.shading, inputs)
 
 
-def _refined(texture, mesh, views, rig, args: argparse.Namespace, generator, **kwargs) -> trimesh.Trimesh:
-    """The mesh with a texture painted from the views, as the options say."""
-    return texture(
-        mesh,
-        views,
-        rig,
-        num_inference_steps=args.texture_steps,
-        texture_size=args.texture_size,
-        max_faces=args.faces,
-        watertight=args.watertight,
-        generator=generator,
-        device=_device(args.device),
-        **kwargs,
-    ).meshes[0]
+def _volume_options(args: argparse.Namespace) -> dict:
+    return {"num_occupancy_steps": args.occupancy_steps, "num_sparse_steps": args.sparse_steps}
+
+
+def _mesh_options(args: argparse.Namespace) -> dict:
+    names = {"num_texture_steps": "texture_steps", "max_faces": "faces"}
+    names |= {name: name for name in ("texture_size", "watertight", "refine")}
+    return {name: getattr(args, option) for name, option in names.items()}
+
+
+def _generator(args: argparse.Namespace) -> torch.Generator:
+    """A fresh generator for each input, so that results do not depend on the order of inputs."""
+    import torch
+
+    return torch.Generator().manual_seed(args.seed or 0)
 
 
 def _slug(text: str) -> str:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from .errors import InputError
 
 
 if TYPE_CHECKING:
     import trimesh
-    from PIL.Image import Image
 
-    from .geometry.cameras import CameraRig
+    from .geometry.views import Views
     from .geometry.volume import SparseVolume
 
 
@@ -38,6 +39,7 @@ class Job:
     intermediates: Path | None
     unlit: bool = False
     shadings: Sequence[str] = ("soft",)
+    note: str = ""  # to be told with the time
 
     def files(self) -> list[Path]:
         """All that is written, or written over."""
@@ -52,8 +54,7 @@ class Job:
     def write(
         self,
         mesh: trimesh.Trimesh,
-        views: list[Image],
-        rig: CameraRig,
+        views: Views,
         volume: SparseVolume | None = None,
         coarse: trimesh.Trimesh | None = None,
     ) -> None:
@@ -61,10 +62,10 @@ class Job:
         from .geometry.export import export_mesh
 
         if self.intermediates is not None:
-            _write_intermediates(self.intermediates, views, rig, volume, coarse)
+            _write_intermediates(self.intermediates, views, volume, coarse)
         export_mesh(mesh, self.mesh, unlit=self.unlit)
         if self.preview is not None:
-            _write_preview(self.preview, mesh, views, rig, self.shadings)
+            _write_preview(self.preview, mesh, views, self.shadings)
 
 
 def plan(
@@ -182,8 +183,8 @@ def run_all(jobs: list[Job], run: Callable[[Job], None], quiet: bool = False, st
     for job in jobs:
         start = time.monotonic()
         if attempt(job, run, statuses) and not quiet:
-            sys.stdout.write(f"{job.mesh}  {time.monotonic() - start:.1f} s\n")
-            sys.stdout.flush()
+            note = f", {job.note}" if job.note else ""
+            tell(f"{job.mesh}  {time.monotonic() - start:.1f} s{note}", sys.stdout)
     return 1 if 1 in statuses else max(statuses, default=0)
 
 
@@ -201,40 +202,75 @@ def report(error: Exception, about: str = "") -> int:
     """Tell the person, in one line if they can mend it, and return the exit status that belongs to it."""
     about = f"{about}: " if about and about not in str(error) else ""
     if isinstance(error, InputError):
-        sys.stderr.write(f"one2345pp: error: {about}{' '.join(str(error).split())}\n")
+        tell(f"one2345pp: error: {about}{' '.join(str(error).split())}", sys.stderr)
         return 2
-    traceback.print_exception(error)
-    sys.stderr.write(f"one2345pp: failed: {about}{type(error).__name__}: {error}\n")
+    tell("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
+    tell(f"one2345pp: failed: {about}{type(error).__name__}: {error}", sys.stderr)
     return 1
 
 
-def _write_intermediates(folder: Path, views, rig, volume, coarse) -> None:
-    """`views/000.png ...`, `cameras.json` naming them, `volume.safetensors` and `coarse.ply`; `reconstruct` reads the folder."""
+def tell(text: str, stream: TextIO | None) -> None:
+    """Write a line. A stream that cannot show a character shows its number; one that is closed or full does not stop the work."""
+    if stream is None:
+        return
+    try:
+        try:
+            stream.write(text + "\n")
+        except UnicodeEncodeError:
+            stream.write(text.encode("ascii", "backslashreplace").decode() + "\n")
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # what is left in its buffer would fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextlib.contextmanager
+def library_log(quiet: bool) -> Iterator[None]:
+    """While it is open, what the package logs is told on stderr; of a quiet command, errors alone."""
+    handler = _LineHandler()
+    handler.setFormatter(logging.Formatter("one2345pp: %(message)s"))
+    log = logging.getLogger("one2345pp")
+    level = log.level
+    log.setLevel(logging.ERROR if quiet else logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+class _LineHandler(logging.Handler):
+    """Tells records on stderr, as it is then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(self.format(record), sys.stderr)
+
+
+def _write_intermediates(
+    folder: Path, views: Views, volume: SparseVolume | None, coarse: trimesh.Trimesh | None
+) -> None:
+    """`views/000.png ...`, `cameras.json` naming them, and of `volume.safetensors` and `coarse.ply` what there is; `reconstruct` reads
+    the folder."""
     from .geometry.export import export_mesh
 
-    (folder / "views").mkdir(parents=True, exist_ok=True)
-    names = [f"views/{index:03d}.png" for index in range(len(views))]
-    for name, view in zip(names, views, strict=True):
-        partial = folder / f"{name}.part"
-        view.save(partial, format="PNG")
-        partial.replace(folder / name)
-    rig.save(folder / "cameras.json", names)
-    volume.save(folder / "volume.safetensors")
-    export_mesh(coarse, folder / "coarse.ply")
+    views.save(folder)
+    if volume is not None:
+        volume.save(folder / "volume.safetensors")
+    if coarse is not None:
+        export_mesh(coarse, folder / "coarse.ply")
 
 
-def _write_preview(
-    path: Path, mesh: trimesh.Trimesh, views: list[Image], rig: CameraRig, shadings: Sequence[str]
-) -> None:
+def _write_preview(path: Path, mesh: trimesh.Trimesh, views: Views, shadings: Sequence[str]) -> None:
     """Views above the mesh seen by the same cameras, a row for each shading; or the mesh turning."""
     from .geometry.render import contact_sheet, render, turntable
 
     if path.suffix.lower() != ".png":
         turntable(mesh, path, shadings=shadings)
         return
-    count = min(len(views), PREVIEW_VIEWS)
-    rows = [list(render(mesh, rig[:count], PREVIEW_SIZE, shading=shading)) for shading in shadings]
-    sheet = contact_sheet([views[:count], *rows], size=PREVIEW_SIZE)
+    shown = views[:PREVIEW_VIEWS]
+    rows = [list(render(mesh, shown.rig, PREVIEW_SIZE, shading=shading)) for shading in shadings]
+    sheet = contact_sheet([list(shown), *rows], size=PREVIEW_SIZE)
     partial = path.with_name(path.name + ".part")
     sheet.save(partial, format="PNG")
     partial.replace(path)

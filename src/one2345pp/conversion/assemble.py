@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
+from ..geometry.volume import TRUNCATION_CELLS
 from ..models.condition_encoder import ConditionEncoder
 from ..models.elevation import ElevationEstimator
 from ..models.unet_occupancy import OccupancyUNet3DModel
@@ -17,12 +18,11 @@ from ..pipelines.pipeline_multiview_tile import MultiViewTilePipeline
 from ..pipelines.pipeline_one2345plusplus import One2345PlusPlusPipeline
 from ..pipelines.pipeline_sparse_volume import SparseVolumeDiffusionPipeline
 from ..pipelines.pipeline_texture_refinement import TextureRefinementPipeline
+from ..pipelines.stages import make_stage
 from ..schedulers.scheduling_log_snr import LogSNRScheduler
 
 
 logger = logging.getLogger(__name__)
-
-TRUNCATION_CELLS = 3.2
 
 
 def assemble(
@@ -36,9 +36,8 @@ def assemble(
     volume: dict | None = None,
     drawn_volume: dict | None = None,
     texture: dict | None = None,
-    candidates: int = 1,
-    tell_kinds: bool = False,
-    believe_picture: bool = False,
+    guide: dict | None = None,
+    volume_encoder: Path | None = None,
     sign_step_threshold: float | None = None,
     card: Path | None = None,
     dtype: torch.dtype = torch.float16,
@@ -55,32 +54,33 @@ def assemble(
         volume: Scalar arguments of `SparseVolumeDiffusionPipeline`, such as its default steps.
         drawn_volume: Those that are others for views that the first stage drew.
         texture: Scalar arguments of `TextureRefinementPipeline`.
-        candidates: `default_num_candidates` of the chain.
-        tell_kinds: Of the chain: the volume networks learnt with the views that this first stage draws.
-        believe_picture: Of the chain: a picture is one more view, and the volume takes its outline.
+        guide: Settings of the chain's guide, see `GuideSettings`.
+        volume_encoder: Folder of the first stage whose image encoder the volume networks were trained with; `multiview` by default.
         sign_step_threshold: Of the occupancy scheduler; LAS-Diffusion has 0.7, the small checkpoint does better without on `val`.
         card: Model card, copied as `README.md`.
         dtype: Of the weights on disk.
     """
-    for folder in (multiview, occupancy, sparse, fine, elevation):
+    for folder in (multiview, occupancy, sparse, fine, elevation, volume_encoder):
         if folder is not None and not Path(folder).is_dir():
             raise InputError(f"{folder}: no such folder. Pass the outputs of the trainings.")
     sparse_unet = SparseUNet3DModel.from_pretrained(Path(sparse) / "sparse_unet")
     first = MultiViewTilePipeline.from_pretrained(multiview)
-    second = SparseVolumeDiffusionPipeline(
+    seen = first if volume_encoder is None else MultiViewTilePipeline.from_pretrained(volume_encoder)
+    parts = dict(
         occupancy_condition=ConditionEncoder.from_pretrained(Path(occupancy) / "occupancy_condition"),
         occupancy_unet=OccupancyUNet3DModel.from_pretrained(Path(occupancy) / "occupancy_unet"),
         occupancy_scheduler=LogSNRScheduler(sign_step_threshold=sign_step_threshold),
         sparse_condition=ConditionEncoder.from_pretrained(Path(sparse) / "sparse_condition"),
         sparse_unet=sparse_unet,
         sparse_scheduler=LogSNRScheduler(clip_sample=True),
-        vision_encoder=first.vision_encoder,
-        feature_extractor_clip=first.feature_extractor_clip,
+        vision_encoder=seen.vision_encoder,
+        feature_extractor_clip=seen.feature_extractor_clip,
         fine_condition=None if fine is None else ConditionEncoder.from_pretrained(Path(fine) / "sparse_condition"),
         fine_unet=None if fine is None else SparseUNet3DModel.from_pretrained(Path(fine) / "sparse_unet"),
-        **{"truncation": TRUNCATION_CELLS / sparse_unet.config.sample_size, **(volume or {})},
     )
-    third = TextureRefinementPipeline(**(texture or {}))
+    settings = {"truncation": TRUNCATION_CELLS / sparse_unet.config.sample_size, **(volume or {})}
+    second = make_stage(SparseVolumeDiffusionPipeline, parts, settings, "volume")
+    third = make_stage(TextureRefinementPipeline, {}, texture or {}, "texture")
     estimator = None
     if elevation is not None:
         estimator = ElevationEstimator.from_pretrained(Path(elevation) / "elevation_estimator")
@@ -89,9 +89,7 @@ def assemble(
         second,
         third,
         drawn_volume_config=drawn_volume,
-        default_num_candidates=candidates,
-        tell_kinds=tell_kinds,
-        believe_picture=believe_picture,
+        guide_config=guide or {},
         elevation_estimator=estimator,
     )
     chain.to(dtype=dtype)

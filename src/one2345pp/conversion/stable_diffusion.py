@@ -13,7 +13,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..errors import InputError
 from ..geometry.cameras import CameraRig
-from ..pipelines.pipeline_multiview_tile import IMAGE_SCALE, MultiViewTilePipeline
+from ..pipelines.multiview.latents import IMAGE_SCALE
+from ..pipelines.pipeline_multiview_tile import MultiViewTilePipeline
 from .folders import Folder, check_new, written_whole
 from .ldm import CLASSES
 from .weights import load_model, read_checkpoint_json, stored_dtype

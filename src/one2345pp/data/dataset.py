@@ -22,7 +22,8 @@ class PreparedDataset(Dataset):
 
     An item is a dict: `name` and `tier` (str), `views [V, S, S, 4]` (six of each rig) and `inputs [I, S, S, 4]` (uint8, straight
     alpha), `elevations [I]` of the inputs (uint8, degrees above the nadir), `sdf [X, Y, Z]` (int8, 127 is the truncation distance
-    `truncation` in world units), `coords [N, 3]` (int64) and `colors [N, 3]` (uint8) of the cells with |sdf| < 127. Rings have
+    `truncation` in world units), `coords [N, 3]` (int64) and `colors [N, 3]` (uint8) of the cells with |sdf| < 127, and maps of the
+    views by their names in `MAPS`, `[V, S, S, C]` (uint8), if it was made with some. Rings have
     `views [2, 6, S, S, 4]`, `inputs [6, I, S, S, 4]`, `elevations [6, I]`, `rig [1]` (which of `meta["rigs"]`) and no volume; see
     `prepare.make_ring`.
 

@@ -15,8 +15,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .maps import MAPS
 
-QUALITY = 90  # of WebP colours; alpha is lossless
+
+PICTURES = ("views", "inputs")
+QUALITY = 90  # of WebP colours; alpha and maps are lossless
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of pictures by their channels
 LEVELS = 31  # the truncation distance in steps: 6 bits with the sign
 XZ = {"format": lzma.FORMAT_XZ, "check": lzma.CHECK_CRC32, "preset": 6 | lzma.PRESET_EXTREME}
 
@@ -26,14 +30,15 @@ def write_sample(file: Path, sample: dict[str, np.ndarray]) -> None:
 
     Args:
         file: Path to write.
-        sample: `views` and `inputs [..., S, S, 4]`, `normals [..., S, S, 3]`, `sdf [X, Y, Z]` int8, any other key uint8.
+        sample: `views` and `inputs [..., S, S, 4]`, maps by their names in `MAPS`, `[..., S, S, 1 or 3]`, `sdf [X, Y, Z]` int8, any
+            other key; all but `sdf` uint8.
     """
     partial = file.with_name(file.name + ".part")
     with zipfile.ZipFile(partial, "w") as archive:
         for key, array in sample.items():
             shape = "x".join(map(str, array.shape))
-            if key in ("views", "inputs", "normals"):
-                archive.writestr(f"{key}.{shape}.webp", _picture_bytes(array, lossless=key == "normals"))
+            if key in PICTURES or key in MAPS:
+                archive.writestr(f"{key}.{shape}.webp", _picture_bytes(array, lossless=key in MAPS))
             else:
                 coded = _coarse(array) if key == "sdf" else array
                 archive.writestr(f"{key}.{shape}.xz", lzma.compress(coded.tobytes(), **XZ))
@@ -49,7 +54,7 @@ def read_sample(file: Path) -> dict[str, np.ndarray]:
             shape = tuple(map(int, sides.split("x")))
             data = archive.read(member)
             if coding == "webp":
-                picture = Image.open(io.BytesIO(data)).convert("RGBA" if shape[-1] == 4 else "RGB")
+                picture = Image.open(io.BytesIO(data)).convert(MODES[shape[-1]])
                 sample[key] = np.array(picture).reshape(shape)
             else:
                 array = np.frombuffer(lzma.decompress(data), np.int8 if key == "sdf" else np.uint8).reshape(shape)
@@ -64,7 +69,9 @@ def _picture_bytes(
     """Pictures one above another as one WebP."""
     column = pictures.reshape(-1, *pictures.shape[-2:])
     buffer = io.BytesIO()
-    Image.fromarray(column).save(buffer, "WEBP", lossless=lossless, quality=QUALITY, alpha_quality=100, method=4)
+    Image.fromarray(column.squeeze(-1) if column.shape[-1] == 1 else column).save(
+        buffer, "WEBP", lossless=lossless, quality=QUALITY, alpha_quality=100, method=4
+    )
     return buffer.getvalue()
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import zlib
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -20,15 +21,17 @@ import torch
 import trimesh
 from PIL import Image
 
+from .. import names
 from ..errors import InputError
 from ..files import read_json
 from ..geometry.cameras import CameraRig
 from ..geometry.framing import frame_object
 from ..geometry.mesh import load_mesh, normalize_to_sphere
 from ..geometry.render import render
-from ..geometry.volume import cell_centers
+from ..geometry.volume import TRUNCATION_CELLS, cell_centers
 from ..geometry.voxelize import SurfaceCloud
 from .dataset import FORMAT
+from .maps import MAPS, check_maps
 from .pack import write_sample
 from .shapes import random_shape
 from .sources import find_sources
@@ -37,10 +40,9 @@ from .variation import recolor_randomly, stretch_randomly
 
 logger = logging.getLogger(__name__)
 
-RIGS = ("zero123plus-v1.2", "zero123plus-v1.1")
+RIGS = tuple(names.RIGS)
 INPUTS_PER_FRAME = 2
 RING = 6  # frames of a ring
-TRUNCATION_CELLS = 3.2  # LAS-Diffusion clips the distance at 0.05 of a half-extent of 1: 3.2 cells of 128
 INPUT_ELEVATIONS, INPUT_FOVS = (-10.0, 40.0), (20.0, 60.0)  # degrees
 NADIR = -90  # degrees; elevations are stored as whole degrees above it
 
@@ -58,7 +60,7 @@ def prepare(
     split: str | None = None,
     rings: list[str] | None = None,
     shapes: int = 0,
-    normals: bool = False,
+    maps: Sequence[str] = (),
     vary: bool = False,
 ) -> list[str]:
     """Render and voxelise meshes into a folder that training reads. Frames that are there already are kept, objects are added.
@@ -75,15 +77,15 @@ def prepare(
         split: Only objects whose column `split` in the table says so.
         rings: Make rings of these rigs in turn, which the first stage learns from, instead of frames, which the volume stages need.
         shapes: So many random procedural objects beside the meshes, tier `procedural`.
-        normals: Frames hold the normals of their views, too, for condition encoders that take them.
+        maps: Frames hold these maps of their views, too, names in `MAPS`, for condition encoders that take them.
         vary: All frames of an object but its fronts are of another one, stretched and recoloured, see `variation`.
 
     Returns:
         A line for each object that could not be used, saying why.
 
     Raises:
-        InputError: If there is nothing to prepare or to vary, two objects have one name, the table cannot be read, or the folder holds
-            samples with other settings. Nothing is written then.
+        InputError: If there is nothing to prepare or to vary, a map is unknown or asked of rings, two objects have one name, the table
+            cannot be read, or the folder holds samples with other settings. Nothing is written then.
     """
     if not meshes and not shapes:
         raise InputError("meshes: none given. Pass mesh files or a folder that holds some.")
@@ -92,6 +94,9 @@ def prepare(
         raise InputError(
             f"vary: the first {fronts} frame(s) of an object are of itself, and frames is {frames}. Ask for more frames."
         )
+    check_maps(maps := sorted(set(maps)))
+    if maps and rings is not None:
+        raise InputError(f"maps: rings have none, got {', '.join(maps)}. Leave them out, or prepare frames.")
     sources, tiers = find_sources(meshes, table, split, shapes)
     rigs = RIGS if rings is None else tuple(rings)
     settings = {
@@ -101,14 +106,14 @@ def prepare(
         "rigs": list(rigs),
         "inputs": INPUTS_PER_FRAME,
         "rings": rings is not None,
-        "normals": normals,
+        "maps": maps,
         "truncation": TRUNCATION_CELLS / resolution,
     }
     output = Path(output)
     _write_index(output, settings, tiers)
     spec = {
         "view_size": view_size,
-        **({"resolution": resolution, "normals": normals} if rings is None else {"rigs": rigs}),
+        **({"resolution": resolution, "maps": maps} if rings is None else {"rigs": rigs}),
     }
     jobs = [(*source, output, frame, seed, vary, spec) for frame in range(frames) for source in sources.items()]
     with ProcessPoolExecutor(workers) as pool:
@@ -127,6 +132,7 @@ def _write_index(output: Path, settings: dict, tiers: dict[str, str | None]) -> 
     index, known = output / "index.json", {}
     if index.exists():
         there = read_json(index, "Prepare into another folder.")
+        there.setdefault("maps", ["normals"] if there.get("normals") else [])  # from before maps had names
         known = there.get("tiers", {})
         others = [key for key, value in settings.items() if there.get(key) != value]
         if others:
@@ -179,19 +185,21 @@ def make_frame(
     rng: np.random.Generator,
     view_size: int,
     resolution: int = 64,
-    normals: bool = False,
+    maps: Collection[str] = (),
 ) -> dict[str, np.ndarray]:
     """One azimuth frame of a sphere-normalised mesh.
 
     Returns:
         `views [12, S, S, 4]` uint8 (six of each of `RIGS`), `inputs [I, S, S, 4]` uint8, `sdf [X, Y, Z]` int8 (127 is the truncation
-        distance) and `colors [N, 3]` uint8 of the cells with |sdf| < 127 in row-major order; with `normals`, those of the views in
-        camera space as `(n + 1) / 2`, `normals [12, S, S, 3]` uint8. `elevations [I]` uint8 are those of the inputs, from `NADIR` up.
+        distance) and `colors [N, 3]` uint8 of the cells with |sdf| < 127 in row-major order; the views' `maps` by their names,
+        `[12, S, S, C]` uint8. `elevations [I]` uint8 are those of the inputs, from `NADIR` up.
     """
     rig = CameraRig.cat([CameraRig.named(name) for name in RIGS]).rotated(azimuth)
     views = render(mesh, rig, view_size)
     inputs, elevations = render_inputs(mesh, azimuth, view_size, rng)
-    extra = {"normals": render(mesh, rig, view_size, shading="normal")[..., :3]} if normals else {}
+    extra = {
+        name: render(mesh, rig, view_size, shading=MAPS[name].shading)[..., : MAPS[name].channels] for name in maps
+    }
     pictures = {"views": views, "inputs": inputs, "elevations": elevations, **extra}
     return {**pictures, **_make_volume(mesh, azimuth, resolution)}
 

@@ -140,8 +140,7 @@ def _colors_from_views(mesh: trimesh.Trimesh, images: Tensor, masks: Tensor, rig
     scene, lift = EmbreeScene(mesh), 1e-3
     total, weights = torch.full((3, len(vertices)), 0.5e-4), torch.full((len(vertices),), 1e-4)
     uv = project(vertices, rig)[0]
-    for view, eye in enumerate(rig.positions):
-        toward = F.normalize(eye - vertices, dim=-1)
+    for view, toward in enumerate(rig.directions_to(vertices)):
         starts = vertices + lift * normals
         seen = torch.from_numpy(scene.cast(starts.numpy(), toward.numpy())[0] < 0)
         color = _sample(torch.cat([images[view].permute(2, 0, 1) * masks[view], masks[view][None]]), uv[view])

@@ -10,6 +10,7 @@ import logging
 import math
 import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from PIL import Image
 from scipy import ndimage
 
 from ..errors import InputError
-from .projection import project_charts
+from .box_charts import project_charts
 from .texels import CHUNK, covered_texels
 
 
@@ -96,15 +97,16 @@ def _xatlas_charts(
         padding=math.ceil(1.5 * padding),  # xatlas's square may come out larger than asked for
         time_limit=time_limit,
     )
-    command = [sys.executable, str(Path(__file__).with_name("xatlas_child.py"))]
+    # where Python is embedded, sys.executable is another program, or nothing
+    command = [sys.executable or "python3", str(Path(__file__).with_name("xatlas_child.py"))]
     try:
         done = subprocess.run(command, input=given.getvalue(), capture_output=True, timeout=time_limit, check=True)
-    except (subprocess.SubprocessError, OSError) as error:
+        found = np.load(io.BytesIO(done.stdout))
+    except (subprocess.SubprocessError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         late = isinstance(error, subprocess.TimeoutExpired)
         reason = f"was not done in {time_limit:g} s" if late else f"failed ({error})"
         logger.warning("unwrap: xatlas %s, so charts are box projections.", reason)
         return None
-    found = np.load(io.BytesIO(done.stdout))
     width, height = found["size"]
     uvs = found["uvs"] * (np.array([width, height]) / max(width, height, 1))  # texels stay square
     if not np.isfinite(uvs).all():

@@ -15,7 +15,7 @@ from scipy.spatial import cKDTree
 from ..errors import InputError
 from .harmonic import harmonic_extension
 from .mesh import normalize_to_sphere
-from .repair import decimate, draw_apart, is_solid, keep_components, repair_mesh, report_loss, to_rgba8
+from .repair import decimate, is_solid, keep_components, pull_apart, repair_mesh, report_loss, to_rgba8
 from .volume import SparseVolume
 from .voxelize import SurfaceCloud
 
@@ -80,14 +80,14 @@ def solidify(mesh: trimesh.Trimesh, resolution: int = 128) -> trimesh.Trimesh:
 
     It has no inner shells. What is rebuilt has vertex colours and details down to `1 / resolution` of the object.
     """
-    whole = draw_apart(repair_mesh(mesh))
+    whole = pull_apart(repair_mesh(mesh))
     if is_solid(whole):
         return report_loss("solidify", mesh, keep_components(whole, min_share=0))
     used = np.unique(whole.faces)
     unit = normalize_to_sphere(whole)
     low, high = whole.vertices[used].min(0), whole.vertices[used].max(0)
     scale = np.linalg.norm(high - low) / max(np.linalg.norm(np.ptp(unit.vertices[used], axis=0)), 1e-30)
-    out = draw_apart(volume_to_mesh(SurfaceCloud.from_mesh(unit).volume(resolution, 3.2 / resolution)))
+    out = pull_apart(volume_to_mesh(SurfaceCloud.from_mesh(unit).volume(resolution, 3.2 / resolution)))
     out.vertices = out.vertices * scale + (low + high) / 2
     return report_loss("solidify", mesh, out)
 

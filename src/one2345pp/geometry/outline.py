@@ -57,18 +57,17 @@ def fit_outline(volume: SparseVolume, picture: Image.Image, camera: CameraRig) -
     cells = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).view(-1, 3)
     uv, depth = project(cell_centers(cells, volume.resolution), camera)
     uv, depth = uv[0], depth[0]
-    tangent = camera.tan_half_fov[0]  # times a depth: world units that half a side of the view shows
-    away = _sampled(outline, uv) * depth * tangent  # from the outline's cone
+    away = _in_world(_sampled(outline, uv), depth, camera)  # from the outline's cone
 
     # 1. What the rays through the picture's object meet
     nearest, where = _nearest_along_rays(grid, camera, min(3 * volume.resolution // 2, MOST_RAYS))
     shown = _resized(outline, len(where))
-    inside, ray = shown < 0, 2 * tangent * where / len(where)  # world units that a ray is wide
+    inside, ray = shown < 0, _in_world(2, where, camera) / len(where)  # world units that a ray is wide
     lacking = inside & (nearest > 0)
     missing = _beyond(inside & ~lacking, lacking, FRINGE * cell / ray.mean().item())
 
     # 2. What the picture shows and the volume lacks by little
-    wanted = (shown * where * tangent).clamp(min=-cell)
+    wanted = _in_world(shown, where, camera).clamp(min=-cell)
     little = (nearest - wanted).clamp(min=0) * (inside & ~missing & (nearest < FRINGE * cell))
     distance = grid.flatten()
     among = (1 - (distance - _sampled(nearest, uv)) / (2 * cell)).clamp(0, 1)  # of the ray's nearest cells
@@ -92,15 +91,21 @@ def _outline_distance(picture: Image.Image) -> Tensor:
     return torch.from_numpy((pixels - 0.5 * np.sign(pixels)) * 2 / picture.width).float()
 
 
+def _in_world(lengths: Tensor | float, depth: Tensor, camera: CameraRig) -> Tensor:
+    """World units of `lengths` in half sides of the view, at depths along its axis."""
+    return lengths * depth * camera.tan_half_fov[0] + lengths * camera.half_width[0]
+
+
 def _nearest_along_rays(grid: Tensor, camera: CameraRig, rays: int) -> tuple[Tensor, Tensor]:
     """The smallest distance along each ray of the view, and the depth where it is; `[rays, rays]` both."""
     side = (torch.arange(rays) + 0.5) / rays * 2 - 1
     v, u = torch.meshgrid(side, side, indexing="ij")
-    tangent, middle = camera.tan_half_fov[0], camera.positions[0].norm()
+    tangent, half_width, middle = camera.tan_half_fov[0], camera.half_width[0], camera.positions[0].norm()
     steps = 2 * grid.shape[0]
     depth = middle + (torch.arange(steps) + 0.5) / steps * math.sqrt(3) - math.sqrt(3) / 2  # the diagonal of the volume
     directions = torch.stack([u * tangent, -v * tangent, -torch.ones_like(u)], -1)  # [H, W, 3], camera's axes
-    points = depth.view(-1, 1, 1, 1) * directions
+    origins = torch.stack([u * half_width, -v * half_width, torch.zeros_like(u)], -1)
+    points = depth.view(-1, 1, 1, 1) * directions + origins
     matrix = camera.world_to_camera[0]
     points = (points - matrix[:3, 3]) @ matrix[:3, :3]
     where = 2 * points.flip(-1)[None]

@@ -15,10 +15,10 @@ ROOM = 1.03  # half a view's side, in radii of the outline: so it overlaps most 
 def place_picture(picture: Image.Image, rig: CameraRig, elevation: float) -> tuple[Image.Image, CameraRig]:
     """Move and scale a picture of the front such that it is one more view beside those of a rig.
 
-    The camera stands at azimuth 0, as far away and with the same lens as the rig's first. Objects are normalised to a sphere that
-    fills such a view, so the object is put in the middle, and what lies farthest out just inside the circle that fills the view. That
-    is true where the object is no deeper than its front is large: of two thirds of `val` the size is at most 9% off, while it is
-    up to 2.4 times too large where something long is seen from its end.
+    The camera stands at azimuth 0, as far away and with the same lens as the rig's first, pinhole or orthographic. Objects are
+    normalised to a sphere that fills such a view, so the object is put in the middle, and what lies farthest out just inside the
+    circle that fills the view. That is true where the object is no deeper than its front is large: of two thirds of `val` the size
+    is at most 9% off, while it is up to 2.4 times too large where something long is seen from its end.
 
     Args:
         picture: `RGBA`, square; where the object lies in it and how large it is does not matter.
@@ -34,7 +34,9 @@ def place_picture(picture: Image.Image, rig: CameraRig, elevation: float) -> tup
     x, y, radius = outline_circle(np.asarray(picture.getchannel("A")) >= 128)
     half = ROOM * radius
     placed = scaled_crop(picture.convert("RGBa"), (x - half, y - half, x + half, y + half), picture.width)
-    camera = CameraRig.from_angles([0.0], elevation, rig.fov[0].item(), rig.positions[0].norm().item())
+    first = rig[0]
+    distance = first.positions[0].norm().item()
+    camera = CameraRig.from_angles([0.0], elevation, first.fov.item(), distance, first.half_width.item())
     return placed.convert("RGBA"), camera
 
 

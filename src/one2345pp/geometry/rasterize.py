@@ -87,17 +87,24 @@ def rasterize(
         InputError: If there is no such rasteriser, or nvdiffrast is not installed.
     """
     width = width or height
-    if rasterizer == "nvdiffrast":
-        return _rasterize_nvdiffrast(mesh, rig, height, width)
-    if rasterizer not in ("auto", "embree"):
-        raise InputError(f"rasterizer: got {rasterizer!r}, expected 'auto', 'embree' or 'nvdiffrast'.")
+    check_rasterizer(rasterizer)
+    return RASTERIZERS[rasterizer](mesh, rig, height, width)
+
+
+def check_rasterizer(name: str) -> None:
+    """Refuse a name that no rasteriser has."""
+    if name not in RASTERIZERS:
+        raise InputError(f"rasterizer: got {name!r}, expected one of {', '.join(RASTERIZERS)}.")
+
+
+def _rasterize_embree(mesh: trimesh.Trimesh, rig: CameraRig, height: int, width: int) -> Fragments:
     scene, rig = EmbreeScene(mesh), rig.to("cpu")
     origins, directions = rig.rays(height, width)
     forward = -rig.camera_to_world[:, :3, 2]
     face_ids, barycentrics, depth = [], [], []
     for origin, direction, axis in zip(origins.numpy(), directions.numpy(), forward.numpy(), strict=True):
         flat = direction.reshape(-1, 3)
-        ids, weights, distance = scene.cast(np.broadcast_to(origin, flat.shape), flat)
+        ids, weights, distance = scene.cast(origin.reshape(-1, 3), flat)
         face_ids.append(ids.reshape(height, width))
         barycentrics.append(weights.reshape(height, width, 3))
         depth.append((distance * (flat @ axis)).reshape(height, width))
@@ -119,11 +126,18 @@ def _rasterize_nvdiffrast(mesh: trimesh.Trimesh, rig: CameraRig, height: int, wi
     rig = rig.to("cuda")
     world_to_camera = rig.world_to_camera
     points = torch.einsum("vij,nj->vni", world_to_camera[:, :3, :3], vertices) + world_to_camera[:, None, :3, 3]
-    near, far, scale = 0.01, 100.0, 1 / rig.tan_half_fov[:, None]
-    z = points[..., 2]
+    near, far, scale = 0.01, 100.0, 1 / (rig.tan_half_fov + rig.half_width)[:, None]  # one of them is 0
+    z, parallel = points[..., 2], rig.is_orthographic[:, None]
+    clip_z = -(far + near) * z - 2 * far * near, -2 * z - (far + near)
     # nvdiffrast's first row is the bottom of clip space, so y is negated to put the top row first
     clip = torch.stack(
-        [points[..., 0] * scale, -points[..., 1] * scale, (-(far + near) * z - 2 * far * near) / (far - near), -z], -1
+        [
+            points[..., 0] * scale,
+            -points[..., 1] * scale,
+            torch.where(parallel, clip_z[1], clip_z[0]) / (far - near),
+            torch.where(parallel, 1.0, -z),
+        ],
+        -1,
     )
     out, _ = dr.rasterize(dr.RasterizeCudaContext(), clip.contiguous(), faces, (height, width))
     face_ids = out[..., 3].long() - 1
@@ -139,3 +153,6 @@ def _say_licence() -> None:
     logger.warning(
         "nvdiffrast: NVIDIA licenses it for research and evaluation only. For other uses take rasterizer='embree'."
     )
+
+
+RASTERIZERS = {"auto": _rasterize_embree, "embree": _rasterize_embree, "nvdiffrast": _rasterize_nvdiffrast}

@@ -1,4 +1,4 @@
-"""Pictures of meshes: supersampled views, sheets of them, turntables; shaded, or of normals or edges. `rasterize` rasterises."""
+"""Pictures of meshes: views, sheets of them, turntables; shaded, or of normals, edges or depths. `rasterize` rasterises."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import trimesh
 from PIL import Image
 
 from ..errors import InputError
+from ..names import SHADINGS
 from .cameras import CameraRig, project
 from .mesh import surface_colors
 from .rasterize import Fragments, rasterize
 
 
-SHADINGS = ("soft", "none", "normal", "wireframe")
+MAPS = ("depth",)  # for networks rather than eyes
 
 # Direction to the key light in the camera's frame (over the left shoulder), and how much of the colour it decides.
 KEY_LIGHT = np.array([-0.35, 0.55, 0.75], np.float32) / np.linalg.norm([-0.35, 0.55, 0.75])
@@ -43,8 +44,9 @@ def render(
         rig: `V` cameras.
         size: Height and width of the pictures in pixels.
         supersample: Rays along each side of a pixel.
-        shading: `"soft"` (headlight, both sides of a face lit), `"none"` (flat colours), `"normal"` (camera-space normals)
-            or `"wireframe"` (edges of the faces in sight on grey; fainter where faces are smaller than a line).
+        shading: `"soft"` (headlight, both sides of a face lit), `"none"` (flat colours), `"normal"` (camera-space normals),
+            `"wireframe"` (edges of the faces in sight on grey; fainter where faces are smaller than a line) or `"depth"` (along the
+            optical axis: half grey is as far as the origin, white the nearest side of the object sphere, black its farthest).
         rasterizer: As `rasterize`.
         light: Direction to a light fixed in the world, for `"soft"`; the default light moves with the camera.
 
@@ -54,8 +56,8 @@ def render(
     Raises:
         InputError: If there is no such shading or rasteriser.
     """
-    if shading not in SHADINGS:
-        raise InputError(f"shading: got {shading!r}, expected {', '.join(map(repr, SHADINGS))}.")
+    if shading not in SHADINGS + MAPS:
+        raise InputError(f"shading: got {shading!r}, expected {', '.join(map(repr, SHADINGS + MAPS))}.")
     fine, rig = size * supersample, rig.to("cpu")
     out = np.zeros((len(rig), size, size, 4), np.uint8)
     for view in range(len(rig)):
@@ -147,6 +149,9 @@ def _shaded(
 ) -> np.ndarray:
     """Colours of the pixels of one view that see the mesh, `[P, 3]`."""
     mask = fragments.mask[0]
+    if shading == "depth":
+        middle = project(torch.zeros(1, 3), camera)[1].numpy()  # [1, 1]
+        return np.repeat(0.5 + middle - fragments.depth[0][mask][:, None], 3, 1)  # the object sphere's diameter is 1
     ids, rotation = fragments.face_ids[0][mask], camera.camera_to_world[0, :3, :3].numpy()
     normals = np.asarray(mesh.face_normals, np.float32)[ids] @ rotation  # rows are R^T n
     normals *= np.where(normals[:, 2:] < 0, -1, 1)  # a face is seen from whichever side looks at us

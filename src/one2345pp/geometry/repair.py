@@ -102,7 +102,7 @@ def fill_holes(mesh: trimesh.Trimesh, max_hole: float = 0.3) -> trimesh.Trimesh:
     return out
 
 
-def draw_apart(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
+def pull_apart(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     """A welded mesh whose parts touch along no edge: the two sheets of an edge with four faces get vertices of their own."""
     vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
     directed = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)  # half edge h runs from corner h to the next of its face
@@ -269,7 +269,7 @@ def _collapsed(mesh: trimesh.Trimesh, target: int, aggressiveness: float) -> tri
     )
     faces = faces[np.isfinite(vertices[faces]).all((1, 2))]
     faces = faces[~_vanished(faces)]
-    return draw_apart(trimesh.Trimesh(vertices, faces, process=False)) if len(faces) else trimesh.Trimesh()
+    return pull_apart(trimesh.Trimesh(vertices, faces, process=False)) if len(faces) else trimesh.Trimesh()
 
 
 def _fans(

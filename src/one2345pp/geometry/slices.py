@@ -16,7 +16,7 @@ GAP = 4  # pixels
 INSIDE, OUTSIDE, UNKNOWN = (0.16, 0.33, 0.66), (0.80, 0.28, 0.16), (0.82, 0.82, 0.82)
 
 
-def draw_slices(volume: SparseVolume, axis: str = "z", count: int = 8, size: int = 128) -> Image.Image:
+def render_slices(volume: SparseVolume, axis: str = "z", count: int = 8, size: int = 128) -> Image.Image:
     """Cuts across an axis, evenly spread over the active cells: signed distance above, colour below.
 
     Distance is blue inside, white at the surface and red outside; cells that hold nothing are grey. A cut is seen from the

@@ -39,7 +39,7 @@ class SurfaceSamples:
         """Mean of the colours by their weights, `[3]`."""
         return (self.weights[:, None] * self.colors).sum(0) / self.weights.sum().clamp(min=1e-6)
 
-    def draw(self, count: int, generator: torch.Generator | None) -> SurfaceSamples:
+    def sample(self, count: int, generator: torch.Generator | None) -> SurfaceSamples:
         """`count` of the samples at random, with replacement."""
         index = torch.randint(len(self), (count,), generator=generator).to(self.points.device)
         fields = (self.points, self.normals, self.directions, self.colors, self.weights)
@@ -75,8 +75,8 @@ class Visibility:
         weight = F.grid_sample(self.weights[:, None], uv[:, None], **lookup)[:, 0, 0]
         seen = F.grid_sample(self.depth[:, None].nan_to_num(posinf=1e6), uv[:, None], **{**lookup, "mode": "nearest"})
         # three pixels of depth forgive the slope of all surfaces that have any weight
-        tolerance = 3 * 2 * self.rig.tan_half_fov[:, None] * depth / self.depth.shape[-1]
-        to_eye = F.normalize(self.rig.positions[:, None] - points, dim=-1)
+        tolerance = 3 * 2 * self.rig.half_extent(depth) / self.depth.shape[-1]
+        to_eye = self.rig.directions_to(points)
         facing = (to_eye * normals).sum(-1)  # tells the sides of a thin plate apart, which depth cannot
         visible = (depth > 0) & ((seen[:, 0, 0] - depth).abs() < tolerance)
         return (weight * visible * (4 * facing).clamp(0, 1)).sum(0)

@@ -15,6 +15,9 @@ from torch import Tensor
 from ..errors import InputError
 
 
+TRUNCATION_CELLS = 3.2  # LAS-Diffusion clips the distance at 0.05 of a half-extent of 1: 3.2 cells of 128
+
+
 def cell_centers(
     coords: Tensor,  # [..., 3] integer
     resolution: int,

@@ -28,9 +28,8 @@ class ReferenceAttention:
     Gradients flow through both passes. Gradient checkpointing does not fit: it repeats the write pass after the mode has changed.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, layers: int, tile: tuple[int, int] | None = None):
+    def __init__(self, unet: UNet2DConditionModel, tile: tuple[int, int] | None = None):
         self._unet = unet
-        self._layers = layers  # number of self-attentions
         self._tile = tile  # rows and columns of views in the sample
         self._positions: dict[tuple, Tensor] = {}
         self._size = (1, 1)  # of the latents of the running pass
@@ -38,27 +37,15 @@ class ReferenceAttention:
         self.tokens: dict[str, Tensor] = {}  # what each self-attention saw of the reference, [B, M, C]
 
     def write(self, reference: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **kwargs) -> None:
-        """Run the UNet on the noised reference latents `[B, c, h, w]` and keep the input tokens of every self-attention.
-
-        Nobody reads the UNet's output, so the pass ends where the last self-attention has its tokens; compiled, it runs through.
-        """
+        """Run the UNet on the noised reference latents `[B, c, h, w]` and keep the input tokens of every self-attention."""
         self.tokens.clear()
         self.mode, self._size = "write", tuple(reference.shape[-2:])
-        try:
-            self._unet(reference, timestep, encoder_hidden_states=encoder_hidden_states, return_dict=False, **kwargs)
-        except _AllKept:
-            pass
+        self._unet(reference, timestep, encoder_hidden_states=encoder_hidden_states, return_dict=False, **kwargs)
 
     @property
     def samples(self) -> int:
         """How many references' tokens are kept."""
         return len(next(iter(self.tokens.values()), ()))
-
-    def keep(self, name: str, tokens: Tensor) -> None:
-        """Store what the self-attention `name` saw of the reference, and end the pass if that was the last one."""
-        self.tokens[name] = tokens
-        if not torch.compiler.is_compiling() and len(self.tokens) == self._layers:
-            raise _AllKept
 
     def read(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **kwargs) -> Tensor:
         """Run the UNet on `sample [B, c, H, W]`; keys and values come from its own tokens and the kept ones, of
@@ -116,10 +103,6 @@ def tile_positions(grid: tuple[int, int], channels: int, tile: tuple[int, int] |
     return places.flatten(0, 1)
 
 
-class _AllKept(Exception):
-    """Every self-attention has its tokens."""
-
-
 class ReferenceAttnProcessor:
     """A self-attention processor that stores its tokens (write), or lets another one attend to the stored ones too (read)."""
 
@@ -130,7 +113,7 @@ class ReferenceAttnProcessor:
         hidden_states = self.passes.place(hidden_states)
         context = hidden_states  # [B, N, C]
         if self.passes.mode == "write":
-            self.passes.keep(self.name, hidden_states)
+            self.passes.tokens[self.name] = hidden_states
         else:
             tokens = self.passes.tokens[self.name][-len(hidden_states) :]
             context = torch.cat([hidden_states, tokens], dim=1)  # [B, N + M, C]
@@ -157,7 +140,7 @@ def reference_attention(
     own = unet.attn_processors
     if any(isinstance(processor, FusedAttnProcessor2_0) for processor in own.values()):
         raise InputError("unet: reference attention needs separate projections. Call unet.unfuse_qkv_projections().")
-    passes = ReferenceAttention(unet, sum(name.endswith("attn1.processor") for name in own), tile)
+    passes = ReferenceAttention(unet, tile)
     unet.set_attn_processor(
         {
             name: ReferenceAttnProcessor(name, inner, passes) if name.endswith("attn1.processor") else inner

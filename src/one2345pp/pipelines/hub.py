@@ -7,9 +7,13 @@ trust_remote_code=True)` executes. Our own classes need none of that: they look 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import json
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +76,42 @@ def names_class(entry) -> bool:
     return class_name.isidentifier() and all(part.isidentifier() for part in library.split("."))
 
 
+class CallLock:
+    """A lock that the same thread may take again, and that copies and pickles as a new one."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+
+    def __reduce__(self):
+        return CallLock, ()
+
+
+def one_at_a_time(call: Callable) -> Callable:
+    """A pipeline's `__call__` for which others wait, of pipelines that share its networks and schedulers, too: the attention of a UNet
+    and the steps of a scheduler are those of one running call."""
+
+    @functools.wraps(call)
+    def locked(self, *args, **kwargs):
+        shared = [part for part in self.components.values() if isinstance(part, nn.Module | SchedulerMixin)]
+        with contextlib.ExitStack() as held:
+            for part in sorted(shared, key=id) + [self]:  # always in one order, so that nobody waits in a circle
+                held.enter_context(vars(part).setdefault("_call_lock", CallLock()).lock)
+            return call(self, *args, **kwargs)
+
+    return locked
+
+
 class SelfContainedMixin:
     """For subclasses of `DiffusionPipeline`: saved folders load in any diffusers program that has this package installed.
 
-    Folders that were saved by these classes load through these classes without `trust_remote_code`.
+    Folders that were saved by these classes load through these classes without `trust_remote_code`. Threads may share a pipeline:
+    their calls wait for each other.
     """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls):
+            cls.__call__ = one_at_a_time(cls.__call__)
 
     # --- reading ------------------------------------------------------------------------------------------------
 
@@ -90,8 +125,8 @@ class SelfContainedMixin:
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
         """As `DiffusionPipeline.from_pipe`. The class of a stage takes it out of a chain, with the chain's settings for it."""
-        stages = (getattr(pipeline, name, None) for name in ("multiview", "volume", "texture"))
-        return super().from_pipe(next((stage for stage in stages if type(stage) is cls), pipeline), **kwargs)
+        stages = getattr(pipeline, "stages", {}).values()
+        return super().from_pipe(next((stage for stage in stages if isinstance(stage, cls)), pipeline), **kwargs)
 
     def register_modules(self, **kwargs) -> None:
         """As `DiffusionPipeline.register_modules`, with weights where a CPU multiplies them alike, whichever file they are from."""

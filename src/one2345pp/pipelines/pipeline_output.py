@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffusers.utils import BaseOutput
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import trimesh
     from PIL.Image import Image
 
+    from ..geometry.views import Views
     from ..geometry.volume import SparseVolume
+    from .picture.guide import Candidate, PictureGuide
 
 
 @dataclass
@@ -23,11 +25,12 @@ class MultiViewTilePipelineOutput(BaseOutput):
 
     Args:
         images: `B` tiles, as `output_type` says (PIL list, NHWC array, NCHW tensor or latents).
-        views: For each tile its six views in the rig's order (PIL list, or arrays/tensors with a views axis), `None` for latents.
+        views: For each tile its six views: of PIL tiles `B` `Views`, pictures with their cameras; of arrays and tensors one of them
+            with a views axis, `[B, 6, h, w, 3]` or `[B, 6, 3, h, w]`; `None` of latents.
     """
 
     images: list[Image] | np.ndarray | torch.Tensor
-    views: Any = None
+    views: list[Views] | np.ndarray | torch.Tensor | None = None
 
 
 @dataclass
@@ -59,12 +62,27 @@ class One2345PlusPlusPipelineOutput(BaseOutput):
 
     Args:
         meshes: Textured meshes.
-        views: For each image, its six views as RGBA PIL images.
-        volumes: The sparse volumes.
-        coarse_meshes: The meshes with vertex colours, before refinement.
+        views: For each object, pictures and their cameras, RGBA.
+        volumes: The sparse volumes, `None` for an object whose reconstructor makes none.
+        coarse_meshes: The meshes before refinement.
+        elevations: Degrees above the horizon from which each picture looks, told or estimated; `None` where that is not known.
     """
 
     meshes: list[trimesh.Trimesh]
-    views: list[list[Image]]
-    volumes: list[SparseVolume]
+    views: list[Views]
+    volumes: list[SparseVolume | None]
     coarse_meshes: list[trimesh.Trimesh]
+    elevations: list[float | None]
+
+    @classmethod
+    def of(
+        cls, meshes: list[trimesh.Trimesh], kept: list[Candidate], guides: list[PictureGuide | None]
+    ) -> One2345PlusPlusPipelineOutput:
+        """Finished meshes, what they were made of, and what their pictures say."""
+        return cls(
+            meshes=meshes,
+            views=[one.views for one in kept],
+            volumes=[one.solid.volume for one in kept],
+            coarse_meshes=[one.solid.mesh for one in kept],
+            elevations=[None if guide is None else guide.elevation for guide in guides],
+        )

@@ -5,13 +5,14 @@ Axes: B samples, V views, N active voxels, X Y Z grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection, Dinov2Model
@@ -19,33 +20,36 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection, Dino
 from ..errors import InputError
 from ..geometry.cameras import CameraRig
 from ..geometry.extract import volume_to_mesh
+from ..geometry.views import Views
 from ..geometry.volume import SparseVolume
-from ..models.condition_encoder import ConditionEncoder, ViewBatch, patch_features
+from ..models.condition_encoder import ConditionEncoder, patch_features, project_pixels
+from ..models.global_vector import global_vector
 from ..models.sparse import SparseGrid
 from ..models.unet_occupancy import OccupancyUNet3DModel
 from ..models.unet_sparse import SparseUNet3DModel
+from ..models.view_batch import ViewBatch
+from .callbacks import end_step, tensor_names
 from .hub import SelfContainedMixin
-from .multiview_inputs import check_generators, check_tensor_inputs
-from .pipeline_multiview_tile import composite_on_grey
+from .picture.isolate import cut_out_views
 from .pipeline_output import SparseVolumePipelineOutput
-from .volume_denoising import VolumeDenoisingMixin
-from .volume_inputs import RGBA, check_kinds, check_normals, check_views, encoder_views
+from .roles import Solid
+from .stages import StageMixin, register_arguments
+from .volume.checks import check_inputs, check_maps, check_vector_width
+from .volume.denoising import check_prediction_type, denoise, guided
 
 
 EXAMPLE_DOC_STRING = """
     Examples:
         ```py
-        >>> from one2345pp import One2345PlusPlusPipeline, default_checkpoint
-        >>> from one2345pp.pipelines.preprocess import load_views
+        >>> from one2345pp import One2345PlusPlusPipeline, Views, default_checkpoint
 
         >>> pipe = One2345PlusPlusPipeline.from_pretrained(default_checkpoint()).volume
-        >>> views, rig = load_views("views/")  # a folder with cameras.json
-        >>> pipe(views, cameras=rig).meshes[0].export("object.ply")
+        >>> pipe(Views.load("mug")).meshes[0].export("mug.ply")  # a folder with cameras.json
         ```
 """
 
 
-class SparseVolumeDiffusionPipeline(VolumeDenoisingMixin, SelfContainedMixin, DiffusionPipeline):
+class SparseVolumeDiffusionPipeline(StageMixin, SelfContainedMixin, DiffusionPipeline):
     r"""Views of one object to its signed distance and colour (One-2-3-45++ section 3.2).
 
     First a dense diffusion draws which coarse cells hold surface; each is subdivided into eight, and a sparse diffusion draws
@@ -59,7 +63,8 @@ class SparseVolumeDiffusionPipeline(VolumeDenoisingMixin, SelfContainedMixin, Di
         sparse_condition ([`ConditionEncoder`]): Sparse condition pyramid of the second diffusion.
         sparse_unet ([`SparseUNet3DModel`]): Its network.
         sparse_scheduler ([`SchedulerMixin`]): Its scheduler.
-        vision_encoder ([`CLIPVisionModelWithProjection`], *optional*): Gives the global vector of the input image.
+        vision_encoder ([`CLIPVisionModelWithProjection`], *optional*): Gives the global vector of the input image, as wide as
+            the networks take it.
         feature_extractor_clip ([`CLIPImageProcessor`], *optional*): Prepares the input image for it.
         patch_encoder ([`Dinov2Model`], *optional*): Patch features of the views, for encoders that were trained with them.
         fine_condition ([`ConditionEncoder`], *optional*), fine_unet ([`SparseUNet3DModel`], *optional*): The same as
@@ -105,98 +110,109 @@ class SparseVolumeDiffusionPipeline(VolumeDenoisingMixin, SelfContainedMixin, Di
         default_guidance_scale: float = 1.0,
     ):
         super().__init__()
-        self.register_modules(
-            occupancy_condition=occupancy_condition,
-            occupancy_unet=occupancy_unet,
-            occupancy_scheduler=occupancy_scheduler,
-            sparse_condition=sparse_condition,
-            sparse_unet=sparse_unet,
-            sparse_scheduler=sparse_scheduler,
-            vision_encoder=vision_encoder,
-            feature_extractor_clip=feature_extractor_clip,
-            patch_encoder=patch_encoder,
-            fine_condition=fine_condition,
-            fine_unet=fine_unet,
-        )
-        self.register_to_config(
-            truncation=truncation,
-            occupancy_level=occupancy_level,
-            fine_level=fine_level,
-            surface_level=surface_level,
-            max_voxels=max_voxels,
-            default_num_occupancy_steps=default_num_occupancy_steps,
-            default_num_sparse_steps=default_num_sparse_steps,
-            default_guidance_scale=default_guidance_scale,
-        )
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
+        unets = {"occupancy_unet": occupancy_unet, "sparse_unet": sparse_unet, "fine_unet": fine_unet}
+        check_vector_width(vision_encoder, **unets)
+        register_arguments(self, locals())
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         return self._guidance_scale > 1
 
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
+    # --- the role of a stage ------------------------------------------------------------------------------------
+
+    def reconstruct(
+        self, views: Views, *, image: Image.Image | None = None, generator: torch.Generator | None = None, **options
+    ) -> Solid:
+        """The volume of one object's views, and with it its surface; options as those of a call."""
+        return Solid(volume=self(views, image=image, generator=generator, output_type="volume", **options).volumes[0])
 
     # --- steps of a call, in order ------------------------------------------------------------------------------
 
     def check_inputs(
-        self,
-        views,
-        cameras,
-        image,
-        normals,
-        generator,
-        output_type: str,
-        steps: tuple[int, int],
-        tensor_inputs: list[str],
-    ) -> tuple[list[list[Image.Image]], list[CameraRig], list[Image.Image] | None, list[list[Image.Image]] | None]:
-        """Views, rigs, input images and normals as lists with one entry a sample; raise `InputError` for what cannot be used."""
-        if output_type not in ("mesh", "volume", "pt", "latent"):
-            raise InputError(f"output_type: got {output_type!r}, expected 'mesh', 'volume', 'pt' or 'latent'.")
-        if min(steps) < 1:
-            raise InputError(f"num_occupancy_steps, num_sparse_steps: got {steps}, expected at least 1 each.")
-        check_tensor_inputs(tensor_inputs, self._callback_tensor_inputs)
-        batch, rigs = check_views(views, cameras)
-        images = None if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-        if images is not None and len(images) != len(batch):
-            raise InputError(f"image: got {len(images)} input images for {len(batch)} samples.")
-        check_generators(generator, len(batch), "a sample")
+        self, *, views: list[Views], maps=None, **inputs
+    ) -> tuple[list[Image.Image] | None, list[dict[str, list[Image.Image]]]]:
+        """Input images and maps as lists with one entry a sample; raises `InputError` for what the call could not use, see
+        `volume.checks`."""
+        check_prediction_type(self.occupancy_scheduler, self.sparse_scheduler)
         encoders = (self.occupancy_condition, self.sparse_condition, self.fine_condition)
-        needed = any(encoder is not None and encoder.config.view_channels > RGBA for encoder in encoders)
-        return batch, rigs, images, check_normals(normals, batch, needed)
+        return check_inputs(views=views, **inputs), check_maps(maps, views, encoders)
 
     def prepare_views(
-        self,
-        views: list[list[Image.Image]],
-        rigs: list[CameraRig],
-        condition: ConditionEncoder,
-        normals: list[list[Image.Image]] | None = None,
-        kinds: list[list[str]] | None = None,
+        self, views: list[Views], condition: ConditionEncoder, maps: Sequence[Mapping[str, list[Image.Image]]] = ()
     ) -> ViewBatch:
-        """Views as a batch for a condition encoder. RGB views are cut out of their plain background."""
-        size, channels = condition.config.image_size, condition.config.view_channels
-        normals = normals if channels > RGBA else None
-        batch = encoder_views(views, rigs, size, normals, kinds).to(self._execution_device)
+        """Square `RGBA` views as a batch for a condition encoder, with the maps that it takes."""
+        names = condition.config.maps or {}
+        own = [{name: given[name] for name in names} for given in maps] if names else None
+        pictures, rigs = [list(sample) for sample in views], [sample.rig for sample in views]
+        batch = ViewBatch.from_pictures(pictures, rigs, condition.config.image_size, own).to(self._execution_device)
         if self.patch_encoder is not None and condition.config.patch_channels:
             batch.patches = patch_features(self.patch_encoder, batch.images)
         return batch
 
     def encode_image(self, images: list[Image.Image] | None, batch_size: int) -> Tensor | None:
         """Global vectors of the input images, `[B, G]`: zero without images, `None` without an encoder."""
-        channels = self.occupancy_unet.config.global_channels
+        unet = self.occupancy_unet
+        channels = unet.config.global_channels
         if not channels or self.vision_encoder is None or self.feature_extractor_clip is None:
             return None
-        device = self._execution_device
         if images is None:
-            return torch.zeros(batch_size, channels, device=device, dtype=self.occupancy_unet.dtype)
-        pictures = [composite_on_grey(picture) for picture in images]
-        pixels = self.feature_extractor_clip(images=pictures, return_tensors="pt").pixel_values
-        embeds = self.vision_encoder(pixels.to(device, self.vision_encoder.dtype)).image_embeds
-        return F.normalize(embeds.float(), dim=-1).to(self.occupancy_unet.dtype) * embeds.shape[-1] ** 0.5
+            return torch.zeros(batch_size, channels, device=self._execution_device, dtype=unet.dtype)
+        return global_vector(self.vision_encoder, self.feature_extractor_clip, images, self._execution_device).to(
+            unet.dtype
+        )
+
+    def denoise_occupancy(
+        self, views: ViewBatch, vector: Tensor | None, num_steps: int, generator=None, on_step: Callable | None = None
+    ) -> Tensor:
+        """Draw the shell occupancy, `[B, 1, X, Y, Z]`, about -1 (empty) to 1 (shell)."""
+        unet, condition = self.occupancy_unet, self.occupancy_condition(views)
+        previous = None
+
+        def predict(sample: Tensor, timestep: Tensor) -> Tensor:
+            nonlocal previous
+            feedback = previous if unet.config.self_conditioning else None
+
+            def network(levels, vector, _):
+                return unet(sample, timestep, levels, vector, feedback).sample
+
+            previous = guided(network, self.guidance_scale, condition, vector)
+            return previous
+
+        shape = (len(views), unet.config.in_channels, *[unet.config.sample_size] * 3)
+        noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=unet.dtype)
+        return self._denoise(self.occupancy_scheduler, noise, [1] * len(views), predict, num_steps, generator, on_step)
+
+    def denoise_sparse(
+        self,
+        grid: SparseGrid,
+        views: ViewBatch,
+        vector: Tensor | None,
+        num_steps: int,
+        generator=None,
+        on_step: Callable | None = None,
+        fine: bool = False,
+    ) -> Tensor:
+        """Draw signed distance (in truncation distances) and colour (in [-1, 1]) on the voxels, `[N, 4]`."""
+        unet = self.fine_unet if fine else self.sparse_unet
+        condition = (self.fine_condition if fine else self.sparse_condition)(views, grid)
+        pixels = project_pixels(views, grid) if unet.config.pixel_channels else None
+
+        def predict(sample: Tensor, timestep: Tensor) -> Tensor:
+            def network(levels, vector, pixels):
+                return unet(sample, timestep, grid, levels, vector, pixels).sample
+
+            return guided(network, self.guidance_scale, condition, vector, pixels).clamp(-1, 1)
+
+        counts = grid.counts.tolist()
+        generators = generator if isinstance(generator, list) else [generator] * len(counts)
+        noise = [
+            randn_tensor((count, unet.config.in_channels), generator=one, device=grid.device, dtype=unet.dtype)
+            for count, one in zip(counts, generators, strict=True)
+        ]
+        return self._denoise(self.sparse_scheduler, torch.cat(noise), counts, predict, num_steps, generator, on_step)
+
+    def _denoise(self, *args) -> Tensor:
+        return denoise(*args, lambda: self.interrupt, self.progress_bar)
 
     def subdivide(
         self,
@@ -248,41 +264,39 @@ class SparseVolumeDiffusionPipeline(VolumeDenoisingMixin, SelfContainedMixin, Di
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
-        views: list[Image.Image] | list[list[Image.Image]],
-        cameras: CameraRig | str | list[CameraRig | str] = "zero123plus-v1.2",
+        views: Views | list[Image.Image] | list[Views] | list[list[Image.Image]],
+        cameras: CameraRig | str | list[CameraRig | str] | None = None,
         image: Image.Image | list[Image.Image] | None = None,
+        maps: dict[str, list[Image.Image]] | list[dict[str, list[Image.Image]]] | None = None,
         num_occupancy_steps: int | None = None,
         num_sparse_steps: int | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "mesh",
-        return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, the form of diffusers
-        normals: list[Image.Image] | list[list[Image.Image]] | None = None,
-        kinds: list[str] | list[list[str]] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        return_dict: bool = True,
     ) -> SparseVolumePipelineOutput | tuple:
         r"""Reconstruct objects from views.
 
         Args:
-            views (`list[PIL.Image.Image]` or a list of those): Views of each object, RGBA, or RGB on a plain background.
-            cameras ([`CameraRig`], `str`, or a list, *optional*, defaults to `"zero123plus-v1.2"`): Their cameras.
+            views ([`Views`], `list[PIL.Image.Image]`, or a list of those): Views of each object, RGBA, or RGB on a plain background.
+            cameras ([`CameraRig`], `str`, or a list, *optional*): Cameras of views that are lists; those of the rig
+                `"zero123plus-v1.2"` by default.
             image (`PIL.Image.Image` or a list, *optional*): The input image, for the global vector.
+            maps (`dict` or a list of those, *optional*): Extra maps of the views by name, a picture a view, for condition encoders
+                that take them: `{"normals": [...]}`, camera-space normals as `(n + 1) / 2`.
             num_occupancy_steps, num_sparse_steps (`int`, *optional*): Steps of the two diffusions; `fine_unet` takes the latter.
             guidance_scale (`float`, *optional*): Classifier-free guidance; 1 and less is without.
             generator (`torch.Generator` or a list, *optional*): Source of every random draw; a list has one a sample, which then
                 does not depend on the others.
             output_type (`str`, *optional*, defaults to `"mesh"`): `"mesh"`, `"volume"`, `"pt"` (dense volumes
                 `[B, 4, X, Y, Z]`) or `"latent"` (the occupancy alone).
-            return_dict (`bool`, *optional*, defaults to `True`): Return an output class instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, {"latents": ...})` after every
                 step of both diffusions; steps are counted through. If it sets `_interrupt` of the pipeline, each diffusion ends
                 with its last prediction, after one step at least.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): What it is given.
-            normals (`list[PIL.Image.Image]` or a list of those, *optional*): Camera-space normals of the views as `(n + 1) / 2`, for
-                condition encoders that take them (`view_channels=7`).
-            kinds (`list[str]` or a list of those, *optional*): What each view is, `"given"` (all, by default), `"drawn"` by a first
-                stage or the `"picture"` that it drew them of, for condition encoders that are told (`view_kinds`).
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): What it is given, see `callbacks.tensor_names`.
+            return_dict (`bool`, *optional*, defaults to `True`): Return an output class instead of a tuple.
 
         Examples:
 
@@ -293,36 +307,38 @@ class SparseVolumeDiffusionPipeline(VolumeDenoisingMixin, SelfContainedMixin, Di
             InputError: If the views and cameras do not fit each other, or no surface is found.
         """
         # 1. Check inputs
-        num_occupancy_steps = (
-            self.config.default_num_occupancy_steps if num_occupancy_steps is None else num_occupancy_steps
+        names = tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        views = Views.batch(views, cameras)
+        images, maps = self.check_inputs(
+            views=views,
+            image=image,
+            maps=maps,
+            num_occupancy_steps=num_occupancy_steps,
+            num_sparse_steps=num_sparse_steps,
+            generator=generator,
+            output_type=output_type,
         )
-        num_sparse_steps = self.config.default_num_sparse_steps if num_sparse_steps is None else num_sparse_steps
-        steps, tensor_inputs = (num_occupancy_steps, num_sparse_steps), callback_on_step_end_tensor_inputs
-        views, rigs, images, normals = self.check_inputs(
-            views, cameras, image, normals, generator, output_type, steps, tensor_inputs
-        )
-        kinds = check_kinds(kinds, views)
-        self._guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
-        self._interrupt = False
-        count = 0
+        config = self.config
+        if num_occupancy_steps is None:
+            num_occupancy_steps = config.default_num_occupancy_steps
+        num_sparse_steps = config.default_num_sparse_steps if num_sparse_steps is None else num_sparse_steps
+        self._guidance_scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
+        self._interrupt, numbers = False, itertools.count()
 
         def on_step(timestep: Tensor, latents: Tensor) -> Tensor:
-            nonlocal count
-            given = callback_on_step_end(self, count, timestep, {"latents": latents} if tensor_inputs else {})
-            count += 1
-            return (given or {}).get("latents", latents)
-
-        on_step = None if callback_on_step_end is None else on_step
+            tensors = {"latents": latents}
+            return end_step(self, callback_on_step_end, names, next(numbers), timestep, tensors)["latents"]
 
         # 2. Encode the conditions, once a sample
+        views = [cut_out_views(one) for one in views]
         vector = self.encode_image(images, len(views))
         prepared: dict[tuple, ViewBatch] = {}  # encoders that take the same views share them and their patches
 
         def shown(condition: ConditionEncoder) -> ViewBatch:
             config = condition.config
-            key = (config.image_size, config.view_channels, bool(config.patch_channels))
+            key = (config.image_size, str(config.maps), bool(config.patch_channels))
             if key not in prepared:
-                prepared[key] = self.prepare_views(views, rigs, condition, normals, kinds)
+                prepared[key] = self.prepare_views(views, condition, maps)
             return prepared[key]
 
         # 3. Denoise the occupancy

@@ -9,14 +9,14 @@ A colour field is fitted to the views where they see the surface and baked; what
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import trimesh
 from diffusers import DiffusionPipeline
+from diffusers.utils import replace_example_docstring
 from PIL import Image
-from scipy import ndimage
 from torch import Tensor
 
 from ..errors import InputError
@@ -25,18 +25,34 @@ from ..geometry.cameras import CameraRig
 from ..geometry.extract import finish_mesh
 from ..geometry.mesh import surface_colors
 from ..geometry.rasterize import rasterize
+from ..geometry.views import Views
 from ..geometry.visibility import SurfaceSamples, Visibility
 from ..models.color_field import ColorField
+from ..names import TEXTURE_SIZES
+from .callbacks import end_step, tensor_names
 from .hub import SelfContainedMixin
+from .picture.isolate import cut_out_views
 from .pipeline_output import TextureRefinementPipelineOutput
-from .preprocess import key_background
+from .stages import StageMixin, register_arguments
+from .texture.samples import enlarged, in_box, pixels_inside, surface_at, weighted_error
 
 
 BAKED_AT_ONCE = 1 << 16  # texels
-TEXTURE_SIZES = (16, 16384)  # pixels along a side, least and most
 
 
-class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import trimesh
+        >>> from one2345pp import TextureRefinementPipeline, Views
+
+        >>> views = Views.load("mug")  # a folder with cameras.json
+        >>> TextureRefinementPipeline()(trimesh.load_mesh("mug.ply"), views).meshes[0].export("mug.glb")
+        ```
+"""
+
+
+class TextureRefinementPipeline(StageMixin, SelfContainedMixin, DiffusionPipeline):
     r"""Paint a mesh from pictures of it, by fitting a TensoRF colour field to the visible surface and baking it.
 
     It has no learned weights; each call fits its own field.
@@ -60,7 +76,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
     Source: One-2-3-45++ section 3.3; weights, prior and blending are this package's choice.
     """
 
-    _interrupt = False
+    _callback_tensor_inputs = ["loss"]
 
     def __init__(
         self,
@@ -83,139 +99,49 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         default_max_faces: int = 16000,
     ):
         super().__init__()
-        self.register_to_config(
-            resolution=resolution,
-            components=components,
-            feature_channels=feature_channels,
-            hidden=hidden,
-            batch_size=batch_size,
-            grid_lr=grid_lr,
-            mlp_lr=mlp_lr,
-            tv_weight=tv_weight,
-            prior_weight=prior_weight,
-            facing_power=facing_power,
-            silhouette=silhouette,
-            full_confidence=full_confidence,
-            stall_steps=stall_steps,
-            stall_gain=stall_gain,
-            default_num_inference_steps=default_num_inference_steps,
-            default_texture_size=default_texture_size,
-            default_max_faces=default_max_faces,
-        )
+        register_arguments(self, locals())
 
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
+    # --- the role of a stage ------------------------------------------------------------------------------------
 
-    def __call__(
-        self,
-        mesh: trimesh.Trimesh | list[trimesh.Trimesh],
-        views: list[Image.Image] | list[list[Image.Image]],
-        cameras: CameraRig | str = "zero123plus-v1.2",
-        num_inference_steps: int | None = None,
-        texture_size: int | None = None,
-        max_faces: int | None = None,
-        watertight: bool = False,
-        rasterizer: str = "auto",
-        generator: torch.Generator | None = None,
-        device: torch.device | str = "cpu",
-        callback_on_step_end: Callable | None = None,
-        return_dict: bool = True,
-        trust: Sequence[float] | None = None,
-    ) -> TextureRefinementPipelineOutput | tuple:
-        """Paint meshes.
+    def paint(
+        self, mesh: trimesh.Trimesh, views: Views, *, generator: torch.Generator | None = None, **options
+    ) -> trimesh.Trimesh:
+        """One mesh with a texture from its views; options as those of a call."""
+        return self(mesh, views, generator=generator, **options).meshes[0]
 
-        Args:
-            mesh: One mesh or a list, with vertex colours, a texture or neither (grey).
-            views: The pictures of the mesh, or a list of them for each mesh: square, `RGBA`, or `RGB` on the grey of a
-                generated tile. Transparent pixels are ignored.
-            cameras: The cameras of the views, or a rig's name.
-            num_inference_steps: Most optimiser steps, fewer if the loss stalls; 0 only bakes the mesh's own colours.
-            texture_size: Side of the texture in pixels.
-            max_faces: Meshes with more faces are decimated to this many.
-            watertight: Close meshes that are open, for printing. The cuts of the texture do not count.
-            rasterizer: `"auto"`, `"embree"` or `"nvdiffrast"`.
-            generator: Source of every random draw, on the CPU. The same one gives the same mesh.
-            device: Where the field is fitted.
-            callback_on_step_end: Called after each step with the pipeline, the step twice, and `{"loss": float}`. If it sets
-                `_interrupt` of the pipeline, as far as the fit has come is baked.
-            return_dict: Whether to return a [`TextureRefinementPipelineOutput`] rather than a tuple.
-            trust: How much each view counts where several see a point, `V` positive numbers; all alike by default.
-
-        Returns:
-            Meshes with UVs and a base colour texture, in the same frame and places.
-
-        Raises:
-            InputError: If the meshes, views, cameras or numbers cannot be used, or a mesh cannot be closed or decimated as asked.
-        """
-        steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
-        texture_size = self.config.default_texture_size if texture_size is None else texture_size
-        max_faces = self.config.default_max_faces if max_faces is None else max_faces
-        # 1. Check inputs
-        rig = CameraRig.of(cameras)
-        meshes = mesh if isinstance(mesh, (list, tuple)) else [mesh]
-        view_lists = views if isinstance(mesh, (list, tuple)) else [views]
-        self.check_inputs(meshes, view_lists, rig, steps, texture_size, trust, generator)
-        self._interrupt = False
-        painted = []
-        for one_mesh, pictures in zip(meshes, view_lists, strict=True):
-            # 2. Close it if asked to, decimate to the budget, and cut into charts
-            one_mesh = finish_mesh(one_mesh, max_faces, watertight)
-            atlas = unwrap(one_mesh, texture_size)
-            # 3. Find what each view sees
-            visibility, seen = self.observe(one_mesh, pictures, rig, rasterizer, trust)
-            # 4. Fit the colour field
-            prior = self.sample_prior(one_mesh, visibility, generator)
-            field = self.fit(one_mesh, seen, prior, steps, generator, device, callback_on_step_end)
-            # 5. Bake it, keeping the mesh's colours where no view sees
-            painted.append(self.bake(one_mesh, atlas, field if steps else None, visibility, texture_size))
-        return TextureRefinementPipelineOutput(meshes=painted) if return_dict else (painted,)
-
-    # --- steps --------------------------------------------------------------------------------------------------
+    # --- steps of a call, in order ------------------------------------------------------------------------------
 
     def check_inputs(
         self,
+        *,
         meshes: Sequence[trimesh.Trimesh],
-        views: Sequence[Sequence[Image.Image]],
-        rig: CameraRig,
-        num_inference_steps: int,
-        texture_size: int,
+        views: Sequence[Views],
         trust: Sequence[float] | None = None,
+        num_inference_steps: int | None = None,
+        texture_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         """Raise `InputError` for anything that cannot be used, before any work."""
         if len(meshes) != len(views):
             raise InputError(f"views: got {len(views)} lists of views for {len(meshes)} meshes. Pass one list a mesh.")
-        if num_inference_steps < 0:
+        if num_inference_steps is not None and num_inference_steps < 0:
             raise InputError(f"num_inference_steps: got {num_inference_steps}, expected 0 or more.")
-        if not TEXTURE_SIZES[0] <= texture_size <= TEXTURE_SIZES[1]:
+        if texture_size is not None and not TEXTURE_SIZES[0] <= texture_size <= TEXTURE_SIZES[1]:
             raise InputError(
                 f"texture_size: got {texture_size}, expected {TEXTURE_SIZES[0]} to {TEXTURE_SIZES[1]} pixels."
             )
         if isinstance(generator, list | tuple):
             raise InputError("generator: got several, expected one, which serves all meshes in turn.")
-        if trust is not None and (len(trust) != len(rig) or min(trust) <= 0):
-            raise InputError(f"trust: got {list(trust)}, expected {len(rig)} positive numbers, one a view.")
-        for mesh, pictures in zip(meshes, views, strict=True):
+        for mesh, one in zip(meshes, views, strict=True):
             if not isinstance(mesh, trimesh.Trimesh) or len(mesh.faces) == 0 or not np.isfinite(mesh.vertices).all():
                 raise InputError("mesh: expected a trimesh.Trimesh with faces and finite vertices.")
-            if not isinstance(pictures, (list, tuple)) or not all(isinstance(p, Image.Image) for p in pictures):
-                raise InputError("views: expected a list of PIL images, or for a list of meshes a list of such lists.")
-            if len(pictures) != len(rig):
-                name = f"rig {rig.name!r}" if rig.name else "the rig"
-                raise InputError(
-                    f"views: got {len(pictures)} images for {name}, which has {len(rig)} cameras. "
-                    f"Pass {len(rig)} images, or a CameraRig with {len(pictures)} cameras."
-                )
-            for picture in pictures:
-                if picture.width != picture.height:
-                    raise InputError(f"views: got a {picture.width}x{picture.height} image, expected squares. Pad it.")
+            if trust is not None and (len(trust) != len(one) or min(trust) <= 0):
+                raise InputError(f"trust: got {list(trust)}, expected {len(one)} positive numbers, one a view.")
 
     def observe(
         self,
         mesh: trimesh.Trimesh,
-        views: Sequence[Image.Image],
-        rig: CameraRig,
+        views: Views,  # square, RGBA
         rasterizer: str = "auto",
         trust: Sequence[float] | None = None,
     ) -> tuple[Visibility, SurfaceSamples]:
@@ -224,19 +150,19 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         Returns:
             Maps to look visibility up in, and one sample for each raster pixel that has any weight.
         """
-        rig, largest = rig.to("cpu"), max(view.width for view in views)
+        rig, largest = views.rig.to("cpu"), max(view.width for view in views)
         size = largest * max(1, -(-256 // largest))  # small views are looked at several times a pixel
         fragments = rasterize(mesh, rig, size, rasterizer=rasterizer)
         weights, seen = np.zeros(fragments.mask.shape, np.float32), []
         for index, view in enumerate(views):
-            rgb, alpha = _enlarged(view, size)
+            rgb, alpha = enlarged(view, size)
             mask, depth = fragments.mask[index], fragments.depth[index]
-            points, normals = _surface(mesh, fragments.face_ids[index][mask], fragments.barycentrics[index][mask])
-            directions = F.normalize(rig.positions[index] - points, dim=-1)
+            points, normals = surface_at(mesh, fragments.face_ids[index][mask], fragments.barycentrics[index][mask])
+            directions = rig[index].directions_to(points)[0]
             facing = torch.zeros(mask.shape)
             facing[torch.from_numpy(mask)] = (normals * directions).sum(-1).clamp(min=0)
-            pixel = 2 * float(rig.tan_half_fov[index]) * depth / size
-            inside = _inside(mask & (alpha.numpy() > 0.5), depth, pixel)
+            pixel = 2 * rig[index].half_extent(torch.from_numpy(depth)[None])[0].numpy() / size
+            inside = pixels_inside(mask & (alpha.numpy() > 0.5), depth, pixel)
             rise = np.clip(inside * view.width / size / max(self.config.silhouette, 1e-6), 0, 1)
             weights[index] = facing.numpy() ** self.config.facing_power * rise
             trusted = torch.from_numpy(weights[index][mask])
@@ -261,7 +187,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         u, v = torch.rand(2, count, generator=generator)
         u, v = torch.where(u + v > 1, 1 - u, u), torch.where(u + v > 1, 1 - v, v)
         barycentrics = torch.stack([1 - u - v, u, v], -1).numpy()
-        points, normals = _surface(mesh, face_ids, barycentrics)
+        points, normals = surface_at(mesh, face_ids, barycentrics)
         colors = torch.from_numpy(surface_colors(mesh, face_ids, barycentrics)).float()
         weights = 1 - self.blend_weight(visibility.confidence(points, normals))
         return SurfaceSamples(points, normals, normals, colors, weights)
@@ -274,7 +200,7 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         num_inference_steps: int,
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
-        callback_on_step_end: Callable | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
     ) -> ColorField:
         """Fit a colour field to the samples by weighted least squares.
 
@@ -298,13 +224,13 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
             decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1 ** (1 / max(num_inference_steps, 1)))
             losses: list[Tensor] = []
             for step in self.progress_bar(range(num_inference_steps)):
-                batch = seen.draw(config.batch_size, generator)
+                batch = seen.sample(config.batch_size, generator)
                 half = config.batch_size // 2
                 directions = torch.cat([batch.normals[:half], batch.directions[half:]])
-                loss = _weighted_error(field(_in_box(mesh, batch.points), directions), batch)
-                unseen = prior.draw(config.batch_size // 4, generator)
-                loss = loss + config.prior_weight * _weighted_error(
-                    field(_in_box(mesh, unseen.points), unseen.normals), unseen
+                loss = weighted_error(field(in_box(mesh, batch.points), directions), batch)
+                unseen = prior.sample(config.batch_size // 4, generator)
+                loss = loss + config.prior_weight * weighted_error(
+                    field(in_box(mesh, unseen.points), unseen.normals), unseen
                 )
                 loss = loss + config.tv_weight * field.total_variation()
                 optimizer.zero_grad()
@@ -312,8 +238,8 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
                 optimizer.step()
                 decay.step()
                 losses.append(loss.detach())
-                if callback_on_step_end is not None:
-                    callback_on_step_end(self, step, step, {"loss": loss.item()})
+                if on_step is not None:
+                    on_step(step, loss.detach())
                 if self.interrupt or self.has_stalled(losses):
                     break
         return field.requires_grad_(False).eval()
@@ -341,8 +267,8 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
             piece = slice(first, first + BAKED_AT_ONCE)
             colors = torch.from_numpy(surface_colors(mesh, face_ids[piece], barycentrics[piece])).float()
             if field is not None:
-                points, normals = _surface(mesh, face_ids[piece], barycentrics[piece])
-                painted = field(_in_box(mesh, points).to(field.device), normals.to(field.device)).cpu()
+                points, normals = surface_at(mesh, face_ids[piece], barycentrics[piece])
+                painted = field(in_box(mesh, points).to(field.device), normals.to(field.device)).cpu()
                 share = self.blend_weight(visibility.confidence(points, normals))[:, None]
                 colors = share * painted + (1 - share) * colors
             texture[texels[piece]] = (colors.clamp(0, 1) * 255).round().byte().numpy()
@@ -356,40 +282,82 @@ class TextureRefinementPipeline(SelfContainedMixin, DiffusionPipeline):
         x = (confidence / self.config.full_confidence).clamp(0, 1)
         return x * x * (3 - 2 * x)
 
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        mesh: trimesh.Trimesh | list[trimesh.Trimesh],
+        views: Views | list[Image.Image] | list[Views] | list[list[Image.Image]],
+        cameras: CameraRig | str | None = None,
+        trust: Sequence[float] | None = None,
+        num_inference_steps: int | None = None,
+        texture_size: int | None = None,
+        max_faces: int | None = None,
+        watertight: bool = False,
+        rasterizer: str = "auto",
+        device: torch.device | str = "cpu",
+        generator: torch.Generator | None = None,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        return_dict: bool = True,
+    ) -> TextureRefinementPipelineOutput | tuple:
+        """Paint meshes.
 
-def _surface(mesh: trimesh.Trimesh, face_ids: np.ndarray, barycentrics: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Points of the surface and its interpolated unit normals there, `[P, 3]` each."""
-    corners = mesh.faces[face_ids]
-    weights = barycentrics[..., None].astype(np.float32)
-    points = (np.asarray(mesh.vertices, np.float32)[corners] * weights).sum(1)
-    normals = (np.asarray(mesh.vertex_normals, np.float32)[corners] * weights).sum(1)
-    return torch.from_numpy(points), F.normalize(torch.from_numpy(normals), dim=-1)
+        Args:
+            mesh: One mesh or a list, with vertex colours, a texture or neither (grey).
+            views: [`Views`] or pictures of the mesh, or a list of them for each mesh: `RGBA`, or `RGB` on a plain background.
+                Transparent pixels are ignored.
+            cameras: The cameras of pictures, or a rig's name, by default `"zero123plus-v1.2"`.
+            trust: How much each view counts where several see a point, `V` positive numbers; all alike by default.
+            num_inference_steps: Most optimiser steps, fewer if the loss stalls; 0 only bakes the mesh's own colours.
+            texture_size: Side of the texture in pixels.
+            max_faces: Meshes with more faces are decimated to this many.
+            watertight: Close meshes that are open, for printing. The cuts of the texture do not count.
+            rasterizer: `"auto"`, `"embree"` or `"nvdiffrast"`.
+            device: Where the field is fitted.
+            generator: Source of every random draw, on the CPU. The same one gives the same mesh.
+            callback_on_step_end: Called after each step as `callback(pipe, step, step, {"loss": float})`. If it sets
+                `_interrupt` of the pipeline, as far as the fit has come is baked.
+            callback_on_step_end_tensor_inputs: What it is given, see `callbacks.tensor_names`.
+            return_dict: Whether to return a [`TextureRefinementPipelineOutput`] rather than a tuple.
 
+        Examples:
 
-def _in_box(mesh: trimesh.Trimesh, points: Tensor) -> Tensor:
-    """Points in a cube about the mesh's bounding box, in [-0.5, 0.5], where the field lives."""
-    low, high = (points.new_tensor(bound) for bound in mesh.bounds)
-    return (points - (low + high) / 2) / (high - low).max()
+        Returns:
+            Meshes with UVs and a base colour texture, in the same frame and places.
 
+        Raises:
+            InputError: If the meshes, views, cameras or numbers cannot be used, or a mesh cannot be closed or decimated as asked.
+        """
+        # 1. Check inputs
+        names = tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        meshes = mesh if isinstance(mesh, (list, tuple)) else [mesh]
+        views, config = Views.batch(views, cameras), self.config
+        self.check_inputs(
+            meshes=meshes,
+            views=views,
+            trust=trust,
+            num_inference_steps=num_inference_steps,
+            texture_size=texture_size,
+            generator=generator,
+        )
+        steps = config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
+        texture_size = config.default_texture_size if texture_size is None else texture_size
+        max_faces = config.default_max_faces if max_faces is None else max_faces
+        self._interrupt, painted = False, []
 
-def _weighted_error(colors: Tensor, samples: SurfaceSamples) -> Tensor:
-    error = (colors - samples.colors).square().mean(-1)
-    return (samples.weights * error).sum() / samples.weights.sum().clamp(min=1e-6)
+        def on_step(step: int, loss: Tensor) -> None:
+            if callback_on_step_end is not None:
+                end_step(self, callback_on_step_end, names, step, step, {"loss": loss.item()})
 
-
-def _enlarged(view: Image.Image, size: int) -> tuple[Tensor, Tensor]:
-    """Colour `[R, R, 3]` and alpha `[R, R]` in [0, 1]; colours of transparent pixels do not bleed into others."""
-    rgba = torch.from_numpy(np.asarray(key_background(view).convert("RGBA"), np.float32) / 255)
-    alpha = rgba[..., 3:]
-    premultiplied = torch.cat([rgba[..., :3] * alpha, alpha], -1).permute(2, 0, 1)[None]
-    large = F.interpolate(premultiplied, size=(size, size), mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
-    return large[..., :3] / large[..., 3:].clamp(min=1e-6), large[..., 3]
-
-
-def _inside(mask: np.ndarray, depth: np.ndarray, pixel: np.ndarray) -> np.ndarray:
-    """Pixels to the nearest silhouette, `[R, R]`: the mask's border, or a jump in depth steeper than slopes that count."""
-    near = np.where(mask, depth, np.inf)
-    low = ndimage.minimum_filter(near, 3, mode="nearest")
-    high = ndimage.maximum_filter(np.where(mask, depth, -np.inf), 3, mode="nearest")
-    jump = mask & (high - low > 10 * np.where(mask, pixel, 1))
-    return ndimage.distance_transform_edt(np.pad(mask & ~jump, 1))[1:-1, 1:-1]
+        for one_mesh, one in zip(meshes, [cut_out_views(one) for one in views], strict=True):
+            # 2. Close it if asked to, decimate to the budget, and cut into charts
+            one_mesh = finish_mesh(one_mesh, max_faces, watertight)
+            atlas = unwrap(one_mesh, texture_size)
+            # 3. Find what each view sees
+            visibility, seen = self.observe(one_mesh, one, rasterizer, trust)
+            # 4. Fit the colour field
+            prior = self.sample_prior(one_mesh, visibility, generator)
+            field = self.fit(one_mesh, seen, prior, steps, generator, device, on_step)
+            # 5. Bake it, keeping the mesh's colours where no view sees
+            painted.append(self.bake(one_mesh, atlas, field if steps else None, visibility, texture_size))
+        return TextureRefinementPipelineOutput(meshes=painted) if return_dict else (painted,)

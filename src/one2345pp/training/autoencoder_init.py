@@ -1,4 +1,4 @@
-"""A first state of an `AutoencoderKL` in which it already carries colours. Training it lives in `training.multiview`.
+"""A first state of an `AutoencoderKL` in which it already carries colours. Training it lives in `encoders`.
 
 A small autoencoder that starts from random weights spends most of its time on finding out that a latent should hold the mean colour of
 its cell: its norms take the level of a picture away. Here the weights start such that three latents are the average colour of a cell

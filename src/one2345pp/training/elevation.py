@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,42 +14,56 @@ from ..data.prepare import NADIR
 from ..errors import InputError
 from ..geometry.render import contact_sheet
 from ..models.elevation import ElevationEstimator
-from .loop import log_validation, step_generator, train
+from .config import arguments_of, check_keys, read
+from .loop import LoopSettings, log_validation, step_generator, train
 
 
-DEFAULTS = {
-    "pictures": 6,  # of each sample in a batch, where it has so many
-    "mirror": 0.5,  # probability
-    "recolor": 0.5,  # probability of permuting the colour channels
-    "gain": 0.3,  # most that colours are multiplied or their gamma changed by, as a share
-    "zoom": 0.12,  # most that the object is larger or smaller than framed, as a share
-    "shift": 0.06,  # most that it lies beside the middle, in half sides
-}
 SHEET = 6  # held-out pictures across and down a preview
+
+
+@dataclass(frozen=True)
+class ElevationSettings:
+    """How pictures are chosen and changed."""
+
+    pictures: int = 6  # of each sample in a batch, where it has so many
+    mirror: float = 0.5  # probability
+    recolor: float = 0.5  # probability of permuting the colour channels
+    gain: float = 0.3  # most that colours are multiplied or their gamma changed by, as a share
+    zoom: float = 0.12  # most that the object is larger or smaller than framed, as a share
+    shift: float = 0.06  # most that it lies beside the middle, in half sides
+
+
+@dataclass(frozen=True)
+class ElevationConfig:
+    """A config of the elevation estimator."""
+
+    estimator: dict  # arguments of `ElevationEstimator`
+    objective: ElevationSettings = field(default_factory=ElevationSettings)
+    training: LoopSettings = field(default_factory=LoopSettings)
 
 
 class ElevationObjective:
     """Cross-entropy with the two elevations nearest to the true one, weighted such that they average to it.
 
     Args:
-        config: Keys `estimator` (arguments of `ElevationEstimator`), `objective` (see `DEFAULTS`) and `training`.
+        config: The keys of `ElevationConfig`, as JSON has them.
         validation: Held-out samples for figures and previews.
     """
 
     def __init__(self, config: dict, validation: PreparedDataset | None = None):
-        if unknown := set(config.get("objective", {})) - set(DEFAULTS):
-            raise InputError(f"config: objective has unknown keys {sorted(unknown)}. Known: {', '.join(DEFAULTS)}.")
-        self.settings = {**DEFAULTS, **config.get("objective", {})}
+        self.config = read(ElevationConfig, config)
+        self.settings = self.config.objective
+        check_keys(self.config.estimator, arguments_of(ElevationEstimator), "config.estimator")
         self.validation = validation
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.get("training", {}).get("seed", 0))
-            self.modules = nn.ModuleDict({"elevation_estimator": ElevationEstimator(**config["estimator"])})
+            torch.manual_seed(self.config.training.seed)
+            self.modules = nn.ModuleDict({"elevation_estimator": ElevationEstimator(**self.config.estimator)})
 
     def collate(self, items: list[dict], generator: torch.Generator) -> dict:
         pictures, elevations = [], []
         for item in items:
             own, angles = labelled_pictures(item)
-            chosen = torch.randperm(len(own), generator=generator)[: self.settings["pictures"]]
+            chosen = torch.randperm(len(own), generator=generator)[: self.settings.pictures]
             pictures.append(own[chosen])
             elevations.append(angles[chosen])
         pictures = self.resized(torch.cat(pictures))
@@ -76,16 +91,16 @@ class ElevationObjective:
             return torch.rand(count, generator=generator) < share
 
         pictures = pictures.clone()
-        mirrored, recolored = some(settings["mirror"]), some(settings["recolor"])
+        mirrored, recolored = some(settings.mirror), some(settings.recolor)
         pictures[mirrored] = pictures[mirrored].flip(-1)
         order = [*torch.randperm(3, generator=generator).tolist(), 3]
         pictures[recolored] = pictures[recolored][:, order]
-        gain, gamma = 1 + settings["gain"] * uniform(1, 1, 1), 1 + settings["gain"] * uniform(1, 1, 1)
+        gain, gamma = 1 + settings.gain * uniform(1, 1, 1), 1 + settings.gain * uniform(1, 1, 1)
         alpha = pictures[:, 3:]
         rgb = (gain * pictures[:, :3].clamp(1e-3, 1) ** gamma).clamp(0, 1) * alpha
         affine = torch.zeros(count, 2, 3)
-        affine[:, [0, 1], [0, 1]] = 1 + settings["zoom"] * uniform(1)
-        affine[:, :, 2] = settings["shift"] * uniform(2)
+        affine[:, [0, 1], [0, 1]] = 1 + settings.zoom * uniform(1)
+        affine[:, :, 2] = settings.shift * uniform(2)
         grid = F.affine_grid(affine, list(pictures.shape), align_corners=False)
         moved = F.grid_sample(torch.cat([rgb, alpha], 1), grid, align_corners=False)
         return torch.cat([moved[:, :3] / moved[:, 3:].clamp(min=1e-3), moved[:, 3:]], 1)
@@ -150,6 +165,6 @@ def run(
     minutes: float | None = None,
     validation: Path | None = None,
 ) -> None:
-    """Train an estimator from a config such as `configs/elevation-small.json`; arguments as those of `training.volume.run`."""
+    """Train an estimator from a config such as `configs/elevation-small.json`; arguments as those of `volume_objective.run`."""
     objective = ElevationObjective(config, PreparedDataset(validation) if validation else None)
-    train(objective, PreparedDataset(data), config.get("training", {}), Path(output), device=device, minutes=minutes)
+    train(objective, PreparedDataset(data), objective.config.training, Path(output), device=device, minutes=minutes)

@@ -9,7 +9,11 @@ cross-attention, as LoRA or the matrices themselves; phase 2 the whole UNet at a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,33 +24,41 @@ from torch import Tensor, nn
 from ..data.dataset import PreparedDataset
 from ..errors import InputError
 from ..pipelines.pipeline_multiview_tile import MultiViewTilePipeline
-from .loop import share_minutes, train
-from .multiview import SCALARS, DenoiserObjective
-from .tiles import Frames, LatentDataset, preview_examples, to_pixels
+from .config import read
+from .denoiser import DenoiserObjective, pipeline_settings
+from .loop import LoopSettings, share_minutes, train
+from .multiview_data import Frames, LatentDataset, preview_examples, to_pixels
 
 
-DEFAULTS = {
-    "base": None,  # folder or Hub id of a first stage
-    "reference_sizes": None,  # [least, most] side of the input picture, drawn for each batch; the view's size otherwise
-    "condition_dropout": 0.1,
-    "min_snr_gamma": 5.0,
-    "recolored_copies": 0,
-    "validation": None,
-    "seed": 0,
-}
 ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_k", "attn2.to_v")
-PHASE = {
-    "trainable": "all",  # or "attention": self-attention, and keys and values of cross-attention
-    "lora_rank": None,  # train low-rank additions to these matrices instead of them
-}
+
+
+@dataclass(frozen=True)
+class PhaseSettings(LoopSettings):
+    """How one phase is trained, and what of the UNet."""
+
+    trainable: Literal["all", "attention"] = "all"  # attention: self-attention, and keys and values of cross-attention
+    lora_rank: int | None = None  # train low-rank additions to these matrices instead of them
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """A config of stage 1 from a base model, beside settings of its pipeline that are to change."""
+
+    base: str  # folder or Hub id of a first stage
+    phases: dict[str, PhaseSettings]
+    reference_sizes: tuple[int, int] | None = None  # least and most side of the input picture; the view's otherwise
+    condition_dropout: float = 0.1
+    min_snr_gamma: float | None = 5.0
+    validation: str | None = None  # folder of prepared samples to preview, those of training otherwise
+    seed: int = 0
 
 
 def finetune(config: dict, *, data: Path, output: Path, device: str = "auto", minutes: float | None = None) -> None:
     """Train the UNet of a base model, phase by phase; a phase that is done is not repeated, a cut one goes on.
 
     Args:
-        config: Keys of `DEFAULTS`, `phases` (names to configs of `training.loop` with the keys of `PHASE`), and values of the
-            pipeline's config that are to change, such as `rig`.
+        config: The keys of `FinetuneConfig`, and settings of `MultiViewTilePipeline` that are to change, such as `rig`.
         data: Folder of prepared samples.
         output: Gets a folder a phase, and `pipeline/`, the result of the last. A LoRA phase also has `lora/`, for `load_lora_weights`;
             its `pipeline/` has the LoRA fused in.
@@ -57,16 +69,15 @@ def finetune(config: dict, *, data: Path, output: Path, device: str = "auto", mi
         InputError: If the config has unknown keys, a phase trains nothing that can be trained, or phases have no minutes of which
             `minutes` could be made.
     """
-    unknown = set(config) - set(DEFAULTS) - set(SCALARS) - {"phases"}
-    if unknown or not config.get("phases"):
-        raise InputError(
-            f"config: unknown keys {sorted(unknown)}, needs phases. Start from configs/multiview-finetune.json."
-        )
-    folder = config["base"]
-    limits = share_minutes(config["phases"], minutes)
-    for name, phase in config["phases"].items():
+    changes = {key: config[key] for key in pipeline_settings() if key in config}
+    config = read(FinetuneConfig, config, elsewhere=pipeline_settings())
+    if not config.phases:
+        raise InputError("config.phases: is empty, expected at least one. Start from configs/multiview-finetune.json.")
+    folder, limits = config.base, share_minutes(config.phases, minutes)
+    for name, phase in config.phases.items():
         if not (output / name / "done").exists():
-            _run_phase(config, phase, folder, data=data, output=output / name, device=device, minutes=limits[name])
+            load, place = partial(MultiViewTilePipeline.from_pretrained, folder, **changes), output / name
+            _run_phase(config, phase, load, data=data, output=place, device=device, minutes=limits[name])
         folder = output / name / "pipeline"
     processes = PartialState(cpu=device == "cpu")
     if processes.is_main_process:
@@ -74,23 +85,31 @@ def finetune(config: dict, *, data: Path, output: Path, device: str = "auto", mi
     processes.wait_for_everyone()
 
 
-def _run_phase(config: dict, phase: dict, folder, *, data: Path, output: Path, device: str, minutes) -> None:
+def _run_phase(
+    config: FinetuneConfig,
+    phase: PhaseSettings,
+    load: Callable[[], MultiViewTilePipeline],
+    *,
+    data: Path,
+    output: Path,
+    device: str,
+    minutes: float | None,
+) -> None:
+    """One phase from what `load` gives, into a folder of its own."""
     processes = PartialState(cpu=device == "cpu")  # one, unless a launcher has started several
-    choice = {key: phase.get(key, default) for key, default in PHASE.items()}
-    loop = {key: value for key, value in phase.items() if key not in PHASE}
-    pipeline = MultiViewTilePipeline.from_pretrained(folder)
-    pipeline.register_to_config(**{key: config[key] for key in SCALARS if key in config})
-    config = {**DEFAULTS, **{key: pipeline.config[key] for key in SCALARS}, **config}
-    select_trainable(pipeline.unet, **choice, seed=config["seed"])
+    pipeline = load()
+    select_trainable(pipeline.unet, phase.trainable, phase.lora_rank, config.seed)
+    sizes, latents = config.reference_sizes, output.parent / "latents"
     with processes.main_process_first():
-        dataset = FinetuneDataset(data, config, pipeline, output.parent / "latents", processes.device)
-    examples = preview_examples(config["validation"] or data, config)
-    objective = FinetuneObjective(config, pipeline, dataset.empty, examples)
-    train(objective, dataset, loop, output, device=device, minutes=minutes)
+        dataset = FinetuneDataset(data, pipeline, latents, processes.device, config.seed, has_inputs=sizes is not None)
+    examples = preview_examples(config.validation or data, pipeline.rigs, pipeline.config.view_size)
+    options = (config.condition_dropout, config.min_snr_gamma)
+    objective = FinetuneObjective(pipeline, dataset.empty, examples, *options, reference_sizes=sizes)
+    train(objective, dataset, phase, output, device=device, minutes=minutes)
     if not processes.is_main_process:
         return processes.wait_for_everyone()
-    if choice["lora_rank"] is not None:
-        fused = MultiViewTilePipeline.from_pretrained(folder, **{key: config[key] for key in SCALARS})
+    if phase.lora_rank is not None:
+        fused = load()
         fused.load_lora_weights(output / "lora")
         fused.fuse_lora()
         fused.unload_lora_weights()
@@ -106,8 +125,6 @@ def select_trainable(unet: nn.Module, trainable: str, lora_rank: int | None, see
         trainable: `"all"`, or `"attention"`: projections of self-attention (`attn1`), keys and values of cross-attention (`attn2`).
         lora_rank: Rank of low-rank additions to the matrices of `"attention"`; then only those are trained.
     """
-    if trainable not in ("all", "attention"):
-        raise InputError(f"trainable: got {trainable!r}, expected 'all' or 'attention'.")
     if lora_rank is not None:
         if trainable != "attention":
             raise InputError("lora_rank: is for trainable 'attention'. Leave it out to train everything.")
@@ -128,21 +145,22 @@ def select_trainable(unet: nn.Module, trainable: str, lora_rank: int | None, see
 
 
 class FinetuneDataset(LatentDataset):
-    """Latents as in `LatentDataset`; with `reference_sizes` an item also has its input pictures, `inputs [I, 4, S, S]`."""
+    """Latents as in `LatentDataset`; with `has_inputs` an item also has its input pictures, `inputs [I, 4, S, S]`."""
 
     def __init__(
         self,
         data: Path,
-        config: dict,
         pipeline: MultiViewTilePipeline,
         folder: Path,
         device: str | torch.device = "cpu",
+        seed: int = 0,
+        has_inputs: bool = False,
     ):
-        if config["recolored_copies"]:
-            raise InputError("recolored_copies: a base model knows its colours. Leave it at 0.")
-        super().__init__(data, config, pipeline, folder, device)
-        self.prepared = PreparedDataset(data) if config["reference_sizes"] else None
-        self.frames = Frames(self.prepared, config) if self.prepared is not None else None
+        super().__init__(data, pipeline, folder, device, seed=seed)
+        self.prepared = self.frames = None
+        if has_inputs:
+            self.prepared = PreparedDataset(data)
+            self.frames = Frames(self.prepared, pipeline.rigs, pipeline.config.view_size)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         item = super().__getitem__(index)
@@ -155,20 +173,24 @@ class FinetuneDataset(LatentDataset):
 class FinetuneObjective(DenoiserObjective):
     """`DenoiserObjective` on a UNet of which a part is trained, and input pictures of random size, encoded as they are drawn.
 
-    `config` is that of `finetune` with the pipeline's own scalars.
+    Args:
+        reference_sizes: Least and most side of these; without, they are latents of the view's size.
+        others: Those of `DenoiserObjective`.
     """
 
-    def __init__(self, config: dict, pipeline: MultiViewTilePipeline, empty: Tensor, examples: list):
-        super().__init__({**config, "initial": None}, pipeline, empty, examples)
+    def __init__(self, pipeline: MultiViewTilePipeline, *others, reference_sizes: tuple[int, int] | None = None):
+        super().__init__(pipeline, *others)
+        self.reference_sizes = reference_sizes
         self.has_lora = getattr(pipeline.unet, "peft_config", None) is not None
         with torch.no_grad():
-            self.blank = pipeline.prepare_pixels([Image.new("RGBA", [config["view_size"]] * 2)])[0][0, :, :1, :1]
+            blank = Image.new("RGBA", [pipeline.config.view_size] * 2)
+            self.blank = pipeline.prepare_pixels([blank])[0][0, :, :1, :1]
 
     def collate_references(self, items: list[dict], pick: Tensor, dropped: Tensor, generator) -> Tensor:
         """Pixels `[B, 3 or 4, S, S]` of one size, drawn evenly from `reference_sizes`, else latents."""
-        if self.config["reference_sizes"] is None:
+        if self.reference_sizes is None:
             return super().collate_references(items, pick, dropped, generator)
-        least, most = (math.ceil(side / self.step) for side in self.config["reference_sizes"])
+        least, most = (math.ceil(side / self.step) for side in self.reference_sizes)
         side = self.step * int(torch.randint(least, most + 1, (), generator=generator))
         pictures = torch.stack([item["inputs"][i] for item, i in zip(items, pick, strict=True)])
         pixels = to_pixels(pictures[:, : len(self.blank)])
@@ -184,7 +206,7 @@ class FinetuneObjective(DenoiserObjective):
 
     @torch.no_grad()
     def encode_references(self, reference: Tensor, generator: torch.Generator) -> Tensor:
-        if self.config["reference_sizes"] is None:
+        if self.reference_sizes is None:
             return reference
         vae = self.pipeline.vae.to(reference.device)
         return vae.encode(reference.to(vae.dtype)).latent_dist.sample(generator).float()

@@ -7,10 +7,11 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -28,27 +29,29 @@ from .optimizer import MuonAdamW
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS = {
-    "optimizer": "adamw",  # or "muon"
-    "batch_size": 8,
-    "lr": 3e-4,
-    "lr_schedule": "cosine",  # to a tenth, over max_steps or minutes, whichever ends first; or "constant"
-    "warmup_steps": 200,
-    "weight_decay": 1e-2,
-    "grad_clip": 1.0,
-    "max_steps": 100_000,
-    "minutes": None,
-    "ema_decay": 0.999,
-    "mixed_precision": "auto",  # "bf16" on CUDA, "no" elsewhere; "bf16" also serves a CPU that multiplies in it (AMX)
-    "compile": "auto",  # backend of torch.compile: "inductor" on CUDA, none (null) elsewhere
-    "seed": 0,
-    "num_workers": 0,
-    "checkpoint_minutes": 5.0,
-    "preview_minutes": 15.0,
-}
-
-
 LOG_STEPS = 50  # of which the mean is a row of the log
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How a network is trained, whatever it learns."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    batch_size: int = 8
+    lr: float = 3e-4
+    lr_schedule: Literal["cosine", "constant"] = "cosine"  # to a tenth, over max_steps or minutes, whichever ends first
+    warmup_steps: int = 200
+    weight_decay: float = 1e-2
+    grad_clip: float = 1.0  # most that the norm of the gradient is; 0 for no limit
+    max_steps: int = 100_000
+    minutes: float | None = None
+    ema_decay: float = 0.999
+    mixed_precision: str = "auto"  # bf16 on CUDA, no elsewhere; bf16 also serves a CPU that multiplies in it (AMX)
+    compile: str | Callable | None = "auto"  # backend of torch.compile: "inductor" on CUDA, none (null) elsewhere
+    seed: int = 0
+    num_workers: int = 0
+    checkpoint_minutes: float = 5.0
+    preview_minutes: float = 15.0
 
 
 class Objective(Protocol):
@@ -105,7 +108,7 @@ def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
 def train(
     objective: Objective,
     dataset: Dataset,
-    config: dict,
+    settings: LoopSettings,
     output: Path,
     *,
     device: str = "auto",
@@ -116,29 +119,25 @@ def train(
     Args:
         objective: What to learn.
         dataset: Items for `objective.collate`; sampled by its `weights` if it has any.
-        config: Keys of `DEFAULTS`.
+        settings: How.
         output: Folder for `state.pt`, `log.jsonl`, previews and what `objective.save` writes.
         device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.
-        minutes: Overrides the config's time limit, which counts over all resumed runs.
+        minutes: Overrides the time limit of the settings, which counts over all resumed runs.
     """
-    unknown = set(config) - set(DEFAULTS)
-    if unknown:
-        raise InputError(f"training config: unknown keys {sorted(unknown)}. Known: {', '.join(DEFAULTS)}.")
-    config = {**DEFAULTS, **config}
-    limit = 60 * (minutes if minutes is not None else config["minutes"] or math.inf)
+    limit = 60 * (minutes if minutes is not None else settings.minutes or math.inf)
     output.mkdir(parents=True, exist_ok=True)
     AcceleratorState._reset_state()  # an earlier run in this process may have had another number format
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=_precision(config, device))
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=_precision(settings, device))
     model = _Loss(objective).to(accelerator.device)
-    _compile(objective, config, accelerator)
+    _compile(objective, settings, accelerator)
     parameters = [p for p in objective.modules.parameters() if p.requires_grad]
-    optimizer = _make_optimizer(config, parameters, accelerator)
-    ema = EMAModel(parameters, decay=config["ema_decay"], use_ema_warmup=True, power=0.75)
+    optimizer = _make_optimizer(settings, parameters, accelerator)
+    ema = EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75)
     state = _load_state(output, objective, ema, optimizer)
     step, elapsed = state["step"], state["elapsed"]
     model, optimizer = accelerator.prepare(model, optimizer)
-    seed = config["seed"] + 7919 * accelerator.process_index
-    batches = _batches(dataset, config, seed, step)
+    seed = settings.seed + 7919 * accelerator.process_index
+    batches = _batches(dataset, settings, seed, step)
 
     def checkpoint(preview: bool) -> None:
         if accelerator.is_main_process:
@@ -146,22 +145,22 @@ def train(
             _save_averaged(objective, ema, parameters, output, f"preview-{step:07d}.png" if preview else None)
 
     objective.modules.train()
-    bar = tqdm(total=config["max_steps"], initial=step, disable=not accelerator.is_local_main_process, mininterval=10)
+    bar = tqdm(total=settings.max_steps, initial=step, disable=not accelerator.is_local_main_process, mininterval=10)
     saved = previewed = elapsed
     figures: list[dict[str, float]] = []
     clock = time.monotonic()
-    while step < config["max_steps"] and elapsed < limit:
+    while step < settings.max_steps and elapsed < limit:
         for group in optimizer.param_groups:
-            group["lr"] = config["lr"] * _rate(config, step, elapsed, limit)
+            group["lr"] = settings.lr * _rate(settings, step, elapsed, limit)
         generator = step_generator(seed, step)
-        batch = _to_device(objective.collate(next(batches), generator), accelerator.device)
+        batch = to_device(objective.collate(next(batches), generator), accelerator.device)
         # Dropout draws from the global generator; seeded, it too depends on the seed and the step alone.
         torch.manual_seed(step_generator(seed, step, stream=2).initial_seed())
         with accelerator.autocast(), _attention_kernel(accelerator):
             loss, logs = model(batch, generator)
         accelerator.backward(loss)
-        if config["grad_clip"]:
-            accelerator.clip_grad_norm_(parameters, config["grad_clip"])
+        if settings.grad_clip:
+            accelerator.clip_grad_norm_(parameters, settings.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.step(parameters)
@@ -176,8 +175,8 @@ def train(
             bar.set_postfix(loss=f"{mean['loss']:.4f}")
             if accelerator.is_main_process:
                 _append(output / "log.jsonl", {"step": step, "minutes": round(elapsed / 60, 3), **mean})
-        if elapsed - saved > 60 * config["checkpoint_minutes"]:
-            draw = elapsed - previewed > 60 * config["preview_minutes"]
+        if elapsed - saved > 60 * settings.checkpoint_minutes:
+            draw = elapsed - previewed > 60 * settings.preview_minutes
             checkpoint(preview=draw)
             saved, previewed = elapsed, elapsed if draw else previewed
     bar.close()
@@ -186,13 +185,13 @@ def train(
     logger.info("%s: %d steps, %.1f minutes", output, step, elapsed / 60)
 
 
-def share_minutes(phases: dict[str, dict], minutes: float | None) -> dict[str, float | None]:
+def share_minutes(phases: dict[str, LoopSettings], minutes: float | None) -> dict[str, float | None]:
     """Time limits of a run's phases: their own `minutes`, scaled to add up to `minutes` if that is given.
 
     Raises:
         InputError: If a phase has no minutes of its own to be scaled.
     """
-    limits = {name: phase.get("minutes") for name, phase in phases.items()}
+    limits = {name: phase.minutes for name, phase in phases.items()}
     if minutes is None:
         return limits
     if without := [name for name, limit in limits.items() if not limit]:
@@ -208,21 +207,28 @@ def log_validation(preview: Path, **figures: float) -> None:
     _append(preview.with_name("validation.jsonl"), {"step": int(preview.stem.split("-")[-1]), **figures})
 
 
+def to_device(batch: Any, device: torch.device) -> Any:
+    """What of a batch has a device on this one; the rest, such as pictures, as it is."""
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    return batch.to(device) if hasattr(batch, "to") else batch
+
+
 def _append(file: Path, row: dict) -> None:
     with open(file, "a") as log:
         log.write(json.dumps(row) + "\n")
 
 
-def _precision(config: dict, device: str) -> str:
+def _precision(settings: LoopSettings, device: str) -> str:
     """accelerate's name of the number format; bf16 by default where the run will be on CUDA."""
-    if config["mixed_precision"] != "auto":
-        return config["mixed_precision"]
+    if settings.mixed_precision != "auto":
+        return settings.mixed_precision
     return "bf16" if device in ("auto", "cuda") and torch.cuda.is_available() else "no"
 
 
-def _compile(objective: Objective, config: dict, accelerator: Accelerator) -> None:
+def _compile(objective: Objective, settings: LoopSettings, accelerator: Accelerator) -> None:
     """Compile the networks in place, which keeps the names of their weights, if the config or the device says so."""
-    backend = config["compile"]
+    backend = settings.compile
     if backend == "auto":
         backend = "inductor" if accelerator.device.type == "cuda" else None
     if backend is not None and getattr(objective, "same_shapes", True):
@@ -230,21 +236,21 @@ def _compile(objective: Objective, config: dict, accelerator: Accelerator) -> No
             module.compile(backend=backend, dynamic=False)
 
 
-def _make_optimizer(config: dict, parameters: list[nn.Parameter], accelerator: Accelerator) -> torch.optim.Optimizer:
+def _make_optimizer(
+    settings: LoopSettings, parameters: list[nn.Parameter], accelerator: Accelerator
+) -> torch.optim.Optimizer:
     kinds = {"adamw": torch.optim.AdamW, "muon": MuonAdamW}
-    if config["optimizer"] not in kinds:
-        raise InputError(f"training config: optimizer is {config['optimizer']!r}, expected one of {', '.join(kinds)}.")
-    options = {"lr": config["lr"], "weight_decay": config["weight_decay"], "betas": (0.9, 0.99)}
-    if config["optimizer"] == "muon" and accelerator.mixed_precision == "bf16":
+    options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "betas": (0.9, 0.99)}
+    if settings.optimizer == "muon" and accelerator.mixed_precision == "bf16":
         options["dtype"] = torch.bfloat16
-    return kinds[config["optimizer"]](parameters, **options)
+    return kinds[settings.optimizer](parameters, **options)
 
 
-def _batches(dataset: Dataset, config: dict, seed: int, first_step: int) -> Iterator[list[Any]]:
+def _batches(dataset: Dataset, settings: LoopSettings, seed: int, first_step: int) -> Iterator[list[Any]]:
     """Lists of items, by the weights of the dataset if it has any, from `first_step` on and without end."""
     weights = getattr(dataset, "weights", torch.ones(len(dataset), dtype=torch.float64))
-    sampler = _StepSampler(weights, config["batch_size"], seed, first_step)
-    return iter(DataLoader(dataset, batch_sampler=sampler, num_workers=config["num_workers"], collate_fn=list))
+    sampler = _StepSampler(weights, settings.batch_size, seed, first_step)
+    return iter(DataLoader(dataset, batch_sampler=sampler, num_workers=settings.num_workers, collate_fn=list))
 
 
 def _attention_kernel(accelerator: Accelerator) -> AbstractContextManager:
@@ -253,12 +259,12 @@ def _attention_kernel(accelerator: Accelerator) -> AbstractContextManager:
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
-def _rate(config: dict, step: int, elapsed: float, limit: float) -> float:
+def _rate(settings: LoopSettings, step: int, elapsed: float, limit: float) -> float:
     """Learning rate as a share of its peak."""
-    warmup = min(1.0, (step + 1) / max(config["warmup_steps"], 1))
-    if config["lr_schedule"] == "constant":
+    warmup = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
+    if settings.lr_schedule == "constant":
         return warmup
-    progress = min(1.0, max(step / config["max_steps"], elapsed / limit))
+    progress = min(1.0, max(step / settings.max_steps, elapsed / limit))
     return warmup * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
@@ -267,12 +273,6 @@ def _of_main_process(seconds: float, accelerator: Accelerator) -> float:
     if accelerator.num_processes == 1:
         return seconds
     return broadcast(torch.tensor(seconds, dtype=torch.float64, device=accelerator.device)).item()
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, dict):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    return batch.to(device) if hasattr(batch, "to") else batch
 
 
 def _load_state(output: Path, objective: Objective, ema: EMAModel, optimizer) -> dict:

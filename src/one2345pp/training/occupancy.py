@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,10 +12,24 @@ from torch import Tensor, nn
 from ..geometry.render import contact_sheet
 from ..models.condition_encoder import ConditionEncoder
 from ..models.unet_occupancy import OccupancyUNet3DModel
-from . import volume
+from . import volume_objective
 from .loop import log_validation, step_generator
 from .views import SampleBatch
-from .volume import VolumeObjective
+from .volume_objective import VolumeConfig, VolumeObjective, VolumeSettings
+
+
+@dataclass(frozen=True)
+class OccupancySettings(VolumeSettings):
+    """What the occupancy network is taught."""
+
+    self_condition: float = 0.5  # probability of a first prediction fed back (LAS-Diffusion)
+
+
+@dataclass(frozen=True)
+class OccupancyConfig(VolumeConfig):
+    """A config of the occupancy network."""
+
+    objective: OccupancySettings = field(default_factory=OccupancySettings)
 
 
 def shell_occupancy(
@@ -29,11 +44,11 @@ class OccupancyObjective(VolumeObjective):
     """||f(x_t, t, c) - x_0||^2 on the shell occupancy in {-1, 1}, t uniform (One-2-3-45++ section 3.2)."""
 
     stage = "occupancy"
-    defaults = {"self_condition": 0.5}  # probability of a first prediction fed back (LAS-Diffusion)
+    config_class = OccupancyConfig
     unet_class = OccupancyUNet3DModel
 
     def collate(self, items: list[dict], generator: torch.Generator) -> dict:
-        batch = SampleBatch(items, self.augmentation, generator)
+        batch = self.samples(items, self.config.views, generator)
         target = shell_occupancy(batch.sdf, self.threshold)[:, None].float() * 2 - 1
         return {"views": batch.views, "target": target, "inputs": batch.inputs}
 
@@ -45,9 +60,9 @@ class OccupancyObjective(VolumeObjective):
         noisy = self.scheduler.add_noise(target, noise, timesteps)
         keep = self.kept(size, generator, device)
         pyramid = [level * keep.view(-1, 1, 1, 1, 1) for level in self.condition(batch["views"])]
-        vector = self.global_vector.dropped(batch["inputs"], keep, self.settings["vector_dropout"], generator)
+        vector = self.dropped_vector(batch["inputs"], keep, generator)
         previous = None
-        if torch.rand((), generator=generator).item() < self.settings["self_condition"]:
+        if torch.rand((), generator=generator).item() < self.settings.self_condition:
             with torch.no_grad():
                 previous = unet(noisy, timesteps, pyramid, vector).sample
         prediction = unet(noisy, timesteps, pyramid, vector, previous).sample
@@ -66,7 +81,7 @@ class OccupancyObjective(VolumeObjective):
                 target = shell_occupancy(batch.sdf, self.threshold)[:, None]
                 noise = torch.randn(target.shape, generator=generator)
                 device = modules["unet"].device
-                vector = self.global_vector(batch.inputs.to(device))
+                vector = self.vector(batch.inputs, device)
                 pyramid = self.condition(batch.views.to(device))
                 prediction = modules["unet"](noise.to(device), 999, pyramid, vector).sample.cpu() > 0
                 ious.append(_iou(prediction, target))
@@ -101,7 +116,7 @@ class OccupancyPrediction:
         noise = torch.randn(len(batch.sdf), 1, side, side, side, generator=generator)
         batch.views = batch.views.to(device)
         self.objective.add_patches(batch.views)
-        vector = self.objective.global_vector(batch.inputs.to(device))
+        vector = self.objective.vector(batch.inputs, device)
         condition = self.condition.to(device)(batch.views)
         return self.unet.to(device)(noise.to(device), 999, condition, vector).sample[:, 0].cpu()
 
@@ -111,5 +126,5 @@ def _iou(a: Tensor, b: Tensor) -> float:
 
 
 def run(config: dict, **options) -> None:
-    """`training.volume.run` of the occupancy network."""
-    volume.run(OccupancyObjective, config, **options)
+    """`volume_objective.run` of the occupancy network."""
+    volume_objective.run(OccupancyObjective, config, **options)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +14,33 @@ from ..geometry.render import contact_sheet
 from ..models.condition_encoder import project_pixels
 from ..models.sparse import SparseGrid
 from ..models.unet_sparse import SparseUNet3DModel
-from . import volume
-from .loop import log_validation, step_generator
+from . import volume_objective
+from .loop import log_validation, step_generator, to_device
 from .occupancy import OccupancyPrediction, shell_occupancy
 from .views import SampleBatch
-from .volume import VolumeObjective
+from .volume_objective import VolumeConfig, VolumeObjective, VolumeSettings
 
 
 DISTANCE_LOSSES = {"l2": torch.square, "l1": torch.abs}
+
+
+@dataclass(frozen=True)
+class SparseSettings(VolumeSettings):
+    """What the sparse network is taught."""
+
+    support_noise: float = 0.3  # each cell's threshold is off by up to this share (LAS-Diffusion)
+    color_weight: float = 1.0
+    distance_loss: Literal["l2", "l1"] = "l2"  # l1: the median of what views allow, its zero as often too far in as out
+    predicted_support: float = 0.0  # probability that the support is what an occupancy network sees in the same views
+    occupancy: str | None = None  # folder of that network, `occupancy_condition` and `occupancy_unet`
+    support_levels: tuple[float, float] = (-0.8, -0.2)  # cells above a level drawn from here are the support
+
+
+@dataclass(frozen=True)
+class SparseConfig(VolumeConfig):
+    """A config of the sparse network."""
+
+    objective: SparseSettings = field(default_factory=SparseSettings)
 
 
 def subdivide(
@@ -34,35 +55,28 @@ class SparseObjective(VolumeObjective):
 
     stage = "sparse"
     same_shapes = False
-    defaults = {
-        "support_noise": 0.3,  # each cell's threshold is off by up to this share (LAS-Diffusion)
-        "color_weight": 1.0,
-        "distance_loss": "l2",  # or "l1": the median of what the views allow, whose zero level is as often too far in as out
-        "predicted_support": 0.0,  # probability that the support is what an occupancy network sees in the same views
-        "occupancy": None,  # folder of that network, `occupancy_condition` and `occupancy_unet`
-        "support_levels": (-0.8, -0.2),  # cells above a level drawn from here are the support
-    }
+    folders = (*VolumeObjective.folders, "occupancy")
+    config_class = SparseConfig
     unet_class = SparseUNet3DModel
 
     def __init__(self, config: dict, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        if self.settings["distance_loss"] not in DISTANCE_LOSSES:
+        if self.settings.predicted_support:
+            self.occupancy = OccupancyPrediction(self.settings.occupancy, self)
+
+    def _check(self) -> None:
+        super()._check()
+        if self.settings.predicted_support and self.settings.occupancy is None:
             raise InputError(
-                f"config: distance_loss is {self.settings['distance_loss']!r}, expected {' or '.join(DISTANCE_LOSSES)}."
+                "config.objective: predicted_support needs occupancy, the folder of a trained occupancy network."
             )
-        if self.settings["predicted_support"]:
-            if self.settings["occupancy"] is None:
-                raise InputError(
-                    "config: predicted_support needs occupancy, the folder of a trained occupancy network."
-                )
-            self.occupancy = OccupancyPrediction(self.settings["occupancy"], self)
 
     def collate(self, items: list[dict], generator: torch.Generator) -> dict:
-        batch = SampleBatch(items, self.augmentation, generator)
-        low, high = self.settings["support_levels"]
-        predicted = torch.rand(len(items), generator=generator) < self.settings["predicted_support"]
+        batch = self.samples(items, self.config.views, generator)
+        low, high = self.settings.support_levels
+        predicted = torch.rand(len(items), generator=generator) < self.settings.predicted_support
         levels = low + (high - low) * torch.rand(len(items), generator=generator)
-        return self.batch(batch, self.settings["support_noise"], generator, levels.where(predicted, torch.inf))
+        return self.batch(batch, self.settings.support_noise, generator, levels.where(predicted, torch.inf))
 
     def batch(
         self, batch: SampleBatch, support_noise: float, generator: torch.Generator, levels: Tensor | None = None
@@ -97,12 +111,12 @@ class SparseObjective(VolumeObjective):
         timesteps = self.timesteps(grid.batch_size, generator, device)
         noisy = self.scheduler.add_noise(target, noise, timesteps[grid.sample_index])
         keep = self.kept(grid.batch_size, generator, device)
-        vector = self.global_vector.dropped(batch["inputs"], keep, self.settings["vector_dropout"], generator)
+        vector = self.dropped_vector(batch["inputs"], keep, generator)
         prediction = self.predict(noisy, timesteps, batch, keep, vector)
         error = prediction - target
-        sdf = grid.mean(DISTANCE_LOSSES[self.settings["distance_loss"]](error[:, :1])).mean()
+        sdf = grid.mean(DISTANCE_LOSSES[self.settings.distance_loss](error[:, :1])).mean()
         color = (grid.mean(error[:, 1:].square() * known).mean(1) / grid.mean(known)[:, 0].clamp(min=1e-3)).mean()
-        return sdf + self.settings["color_weight"] * color, {"sdf": sdf.item(), "color": color.item()}
+        return sdf + self.settings.color_weight * color, {"sdf": sdf.item(), "color": color.item()}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, batch: dict, keep: Tensor, vector: Tensor | None) -> Tensor:
         """The clean sample, with the condition of samples whose `keep [B]` is 0 dropped."""
@@ -117,8 +131,8 @@ class SparseObjective(VolumeObjective):
         """Errors of one-step predictions on held-out objects, on the true and the predicted support, and a sheet of middle slices."""
         if self.validation is None:
             return
-        level = torch.tensor([sum(self.settings["support_levels"]) / 2])
-        supports = {"": None, "_predicted": level} if self.settings["predicted_support"] else {"": None}
+        level = torch.tensor([sum(self.settings.support_levels) / 2])
+        supports = {"": None, "_predicted": level} if self.settings.predicted_support else {"": None}
         figures, rows = {}, []
         for views in self.held_out_views:
             generator = step_generator(0, 0)
@@ -138,10 +152,10 @@ class SparseObjective(VolumeObjective):
     def _one_step(self, modules: nn.ModuleDict, sample: SampleBatch, levels: Tensor | None, generator) -> tuple:
         """Batch and prediction, `[N, 4]`, of one held-out sample from pure noise."""
         device = modules["unet"].device
-        batch = {k: v.to(device) for k, v in self.batch(sample, 0.0, generator, levels).items()}
+        batch = to_device(self.batch(sample, 0.0, generator, levels), device)
         noise = torch.randn(batch["target"].shape, generator=generator).to(device)
         steps, keep = torch.full((1,), 999, device=device), torch.ones(1, device=device)
-        return batch, self.predict(noise, steps, batch, keep, self.global_vector(batch["inputs"]))
+        return batch, self.predict(noise, steps, batch, keep, self.vector(batch["inputs"], device))
 
 
 def _slices(grid: SparseGrid, values: Tensor) -> list:
@@ -158,5 +172,5 @@ def _slices(grid: SparseGrid, values: Tensor) -> list:
 
 
 def run(config: dict, **options) -> None:
-    """`training.volume.run` of the sparse network."""
-    volume.run(SparseObjective, config, **options)
+    """`volume_objective.run` of the sparse network."""
+    volume_objective.run(SparseObjective, config, **options)

@@ -1,8 +1,12 @@
 """What the volume networks are conditioned on while they learn: true views made as imperfect as drawn ones. Losses live elsewhere."""
 
+# B samples, V views, C channels, S pixels of a side
+
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,161 +14,155 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..data.prepare import NADIR, RIGS
+from ..data.maps import MAPS
+from ..data.prepare import RIGS
 from ..errors import InputError
 from ..geometry.cameras import CameraRig
-from ..geometry.placement import place_picture
-from ..models.condition_encoder import DRAWN, GIVEN, PICTURE, VIEW_KINDS, ViewBatch, views_to_images
-from ..pipelines.preprocess import key_background
-from .picture_world import to_picture
+from ..models.view_batch import ViewBatch, encode_pictures
+from ..pipelines.picture.isolate import key_background
 
 
-DEFAULTS = {
-    "image_size": 96,
-    "normals": False,  # views have those of `prepare --normals` as channels 5 to 7
-    "drawn": 0.5,  # probability of the views that a first stage drew, of samples that have some
-    "picture": 0.85,  # probability that drawn views have the picture beside them that they were drawn of
-    "elevation_error": 6.0,  # degrees, standard deviation: what the chain takes for the picture's elevation is an estimate
-    "mirror": 0.5,  # probability
-    "recolor": 0.2,  # probability of permuting the colour channels
-    "rekey": 0.4,  # probability that the masks come from keying a grey background, as for a generated tile
-    "blur": 0.3,  # probability of views of a lower resolution
-    "drop_view": 0.1,  # how many of six views are missing on average: each, and the picture, with a sixth of this probability
-    "perturb": 0.5,  # probability of perturbed projections (One-2-3-45++ section 3.2)
-    "perturb_rotation": 0.7,  # degrees, standard deviation
-    "perturb_translation": 0.008,  # world units
-    "perturb_focal": 0.01,  # share
-}
 DRAWN_RIG = "zero123plus-v1.2"  # of first stages
-CHANCES = ("drawn", "picture", "mirror", "recolor", "rekey", "blur", "drop_view", "perturb")
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """How imperfect views are; all but the last three are probabilities."""
+
+    drawn: float = 0.5  # of the views that a first stage drew, of samples that have some
+    mirror: float = 0.5
+    recolor: float = 0.2  # of permuting the colour channels
+    rekey: float = 0.4  # that the masks come from keying a grey background, as for a generated tile
+    blur: float = 0.3  # of views of a lower resolution
+    drop_view: float = 0.1  # how many of six views are missing on average: each with a sixth of this probability
+    perturb: float = 0.5  # of perturbed projections (One-2-3-45++ section 3.2)
+    perturb_rotation: float = 0.7  # degrees, standard deviation
+    perturb_translation: float = 0.008  # world units
+    perturb_focal: float = 0.01  # share
+
+    def still(self, drawn: bool = False) -> ViewSettings:
+        """Views as they are: the true ones, or those that were drawn."""
+        chances = ("mirror", "recolor", "rekey", "blur", "drop_view", "perturb")
+        return replace(self, drawn=float(drawn), **dict.fromkeys(chances, 0.0))
 
 
 class SampleBatch:
     """Items of a `PreparedDataset` as tensors in one random world: mirrored or not, recoloured or not.
 
-    Samples that show a picture beside views drawn of it are in that picture's world, see `picture_world`.
+    Args:
+        items: `B` of them.
+        settings: How imperfect their views are.
+        size: Side of the encoder's images in pixels.
+        maps: Names of the maps that the encoder takes.
+        generator: Source of every draw.
 
     Attributes:
         views: `ViewBatch` of `B` samples.
         sdf: `[B, X, Y, Z]`, in units of the truncation distance, -1 to 1.
         colors: `[B, 3, X, Y, Z]` in [-1, 1], 0 outside the band.
-        inputs: One input picture a sample, `[B, 4, S, S]` in [0, 1], straight alpha.
+        inputs: One input picture a sample, `RGBA`.
     """
 
-    def __init__(self, items: list[dict], config: dict, generator: torch.Generator):
-        def chance(key: str) -> bool:
-            return torch.rand((), generator=generator).item() < config[key]
-
-        samples, sdfs, colors, inputs = [], [], [], []
-        for item in items:
-            rig, views, picture, kind = _pick_views(item, chance("drawn"), config["normals"], generator)
-            kinds, groups = [kind] * len(views), [views]  # the picture that views are drawn of is a group of its own
-            sdf = item["sdf"].float() / 127
-            color = torch.zeros(3, *sdf.shape)
-            x, y, z = item["coords"].T
-            color[:, x, y, z] = item["colors"].T.float() / 127.5 - 1
-            if kind == DRAWN and chance("picture"):
-                error = config["elevation_error"] * torch.randn((), generator=generator).item()
-                placed, camera = _placed_picture(item, rig, error)
-                kinds.append(PICTURE)
-                groups.append(placed)
-                rig = CameraRig.cat([rig, camera])
-                sdf, color = to_picture(sdf, color, placed[0, 3] >= 0.5, camera)
-            matrix, tangent = rig.world_to_camera, rig.tan_half_fov
-            if chance("mirror"):
-                groups, picture = [group.flip(-1) for group in groups], picture.flip(-1)
-                sdf, color = sdf.flip(0), color.flip(1)
-                groups[0][:, 4:5] = 1 - groups[0][:, 4:5]  # normals point the other way across
-                flip = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
-                matrix = flip @ matrix @ flip
-            if chance("recolor"):
-                order = torch.randperm(3, generator=generator)
-                color, picture = color[order], torch.cat([picture[order], picture[3:]])
-                groups = [torch.cat([group[:, order], group[:, 3:]], 1) for group in groups]
-            if chance("rekey") and kind == GIVEN:  # drawn ones are
-                groups[0] = _rekey(groups[0])
-            if chance("blur"):
-                small = int(torch.randint(32, 72, (), generator=generator))
-                groups[0] = F.interpolate(groups[0], size=small, mode="area")
-            if chance("perturb"):
-                matrix, tangent = perturb_cameras(matrix, tangent, config, generator)
-            keep = torch.rand(len(kinds), generator=generator) >= config["drop_view"] / 6
-            images = torch.cat([_resize(views_to_images(group), config["image_size"]) for group in groups])
-            samples.append((images, matrix, tangent, keep, torch.tensor([VIEW_KINDS.index(kind) for kind in kinds])))
-            sdfs.append(sdf)
-            colors.append(color)
-            inputs.append(picture)
-        images, matrices, tangents, present, kinds = (_padded(parts) for parts in zip(*samples, strict=True))
-        self.views = ViewBatch(images, matrices, tangents, present, None, kinds)
-        self.sdf, self.colors, self.inputs = torch.stack(sdfs), torch.stack(colors), torch.stack(inputs)
+    def __init__(
+        self, items: list[dict], settings: ViewSettings, size: int, maps: Collection[str], generator: torch.Generator
+    ):
+        samples = [_sample(item, settings, size, maps, generator) for item in items]
+        views, sdf, colors, inputs = zip(*samples, strict=True)
+        self.views = ViewBatch(*map(torch.stack, zip(*views, strict=True)))
+        self.sdf, self.colors, self.inputs = torch.stack(sdf), torch.stack(colors), list(inputs)
 
 
-def _padded(
-    parts: tuple[Tensor, ...],  # [V_b, ...]
-) -> Tensor:
-    """One tensor, `[B, V, ...]`, of samples with six or seven views; what is padded is zero, so absent."""
-    most = max(len(part) for part in parts)
-    return torch.stack([torch.cat([part, part.new_zeros(most - len(part), *part.shape[1:])]) for part in parts])
+def _sample(item: dict, settings: ViewSettings, size: int, maps: Collection[str], generator: torch.Generator) -> tuple:
+    """One sample: the fields of its `ViewBatch`, `sdf`, `colors` and input picture."""
+
+    def chance(probability: float) -> bool:
+        return torch.rand((), generator=generator).item() < probability
+
+    rig, views, extra, picture, drawn = _pick_views(item, chance(settings.drawn), maps, generator)
+    sdf = item["sdf"].float() / 127
+    color = torch.zeros(3, *sdf.shape)
+    x, y, z = item["coords"].T
+    color[:, x, y, z] = item["colors"].T.float() / 127.5 - 1
+    matrix, tangent, half_width = rig.world_to_camera, rig.tan_half_fov, rig.half_width
+    if chance(settings.mirror):
+        views, picture, sdf, color = views.flip(-1), picture.flip(-1), sdf.flip(0), color.flip(1)
+        extra = {name: MAPS[name].mirror(values.flip(-1)) for name, values in extra.items()}
+        flip = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
+        matrix = flip @ matrix @ flip
+    if chance(settings.recolor):
+        order = torch.cat([torch.randperm(3, generator=generator), torch.tensor([3])])
+        views, picture, color = views[:, order], picture[order], color[order[:3]]
+    if chance(settings.rekey) and not drawn:  # drawn ones are
+        views = _rekey(views)
+    if chance(settings.blur):
+        small = int(torch.randint(32, 72, (), generator=generator))
+        views = F.interpolate(views, size=small, mode="area")
+        extra = {name: F.interpolate(values, size=small, mode="area") for name, values in extra.items()}
+    if chance(settings.perturb):
+        matrix, tangent, half_width = perturb_cameras(matrix, tangent, half_width, settings, generator)
+    present = torch.rand(len(views), generator=generator) >= settings.drop_view / 6
+    images = encode_pictures(to_pictures(views), size, {name: to_pictures(values) for name, values in extra.items()})
+    return (images, matrix, tangent, half_width, present), sdf, color, to_pictures(picture[None])[0]
 
 
 def _pick_views(
-    item: dict, drawn: bool, normals: bool, generator: torch.Generator
-) -> tuple[CameraRig, Tensor, Tensor, str]:
-    """A rig, its views `[6, 4 or 7, S, S]` and an input picture `[4, S, S]`, in [0, 1], and the views' kind.
-
-    They are true unless the first stage drew some.
+    item: dict, drawn: bool, maps: Collection[str], generator: torch.Generator
+) -> tuple[CameraRig, Tensor, dict[str, Tensor], Tensor, bool]:
+    """A rig, its views `[6, 4, S, S]` and their maps `[6, C, S, S]` by name, an input picture `[4, S, S]`, all in [0, 1], and whether
+    the views were drawn: they are true unless the first stage drew some.
     """
-    kind = GIVEN
     which = int(torch.randint(len(RIGS), (), generator=generator))
-    views = item["views"][6 * which : 6 * which + 6]
-    if normals:
-        if "normals" not in item or "drawn" in item:
-            raise InputError("config: views have no normals. Make the data set with --normals, and draw no samples.")
-        views = torch.cat([views, item["normals"][6 * which : 6 * which + 6]], -1)
-    number = int(torch.randint(len(item["inputs"]), (), generator=generator))
-    if drawn and "drawn" in item:
+    own = slice(6 * which, 6 * which + 6)
+    views, number = item["views"][own], int(torch.randint(len(item["inputs"]), (), generator=generator))
+    for name in maps:
+        if name not in item:
+            raise InputError(f"config.condition.maps: views have no {name}. Make the data set with --maps {name}.")
+    extra = {name: _to_tensor(item[name][own]) for name in maps}
+    drawn = drawn and "drawn" in item
+    if drawn:
         which, views, number = RIGS.index(DRAWN_RIG), item["drawn"], int(item["drawn_input"])
-        kind = DRAWN
-    picture = item["inputs"][number].movedim(-1, 0).float() / 255
-    return CameraRig.named(RIGS[which]), views.movedim(-1, 1).float() / 255, picture, kind
-
-
-def _placed_picture(item: dict, rig: CameraRig, error: float) -> tuple[Tensor, CameraRig]:
-    """The picture that views were drawn of, `[1, 4, S, S]` in [0, 1], as the chain places it beside them, and its camera."""
-    number = int(item["drawn_input"])
-    elevation = int(item["elevations"][number]) + NADIR + error
-    placed, camera = place_picture(Image.fromarray(item["inputs"][number].numpy()), rig, elevation)
-    return torch.from_numpy(np.array(placed)).movedim(-1, 0)[None].float() / 255, camera
+    return CameraRig.named(RIGS[which]), _to_tensor(views), extra, _to_tensor(item["inputs"][number]), drawn
 
 
 def perturb_cameras(
     matrix: Tensor,  # [V, 4, 4]
     tangent: Tensor,  # [V]
-    config: dict,
+    half_width: Tensor,  # [V]
+    settings: ViewSettings,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Turn, shift and zoom every camera a little, each on its own, as if the views did not quite agree."""
     count = len(matrix)
-    angles = torch.randn(count, 3, generator=generator) * math.radians(config["perturb_rotation"])
+    angles = torch.randn(count, 3, generator=generator) * math.radians(settings.perturb_rotation)
     x, y, z = angles.unbind(-1)
     o = torch.zeros_like(x)
     skew = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).view(count, 3, 3)
     out = matrix.clone()
     out[:, :3] = torch.linalg.matrix_exp(skew) @ matrix[:, :3]
-    out[:, :3, 3] += torch.randn(count, 3, generator=generator) * config["perturb_translation"]
-    return out, tangent * (1 + torch.randn(count, generator=generator) * config["perturb_focal"])
+    out[:, :3, 3] += torch.randn(count, 3, generator=generator) * settings.perturb_translation
+    zoom = 1 + torch.randn(count, generator=generator) * settings.perturb_focal
+    return out, tangent * zoom, half_width * zoom
 
 
-def _rekey(views: Tensor) -> Tensor:
-    """Lose the masks on grey and key them again, `[V, C, S, S]` in [0, 1]."""
-    alpha = views[:, 3:4]
-    rgb = views[:, :3] * alpha + (1 - alpha) * (127 / 255)
-    pictures = (rgb * 255).round().byte().movedim(1, -1).numpy()
-    keyed = [np.asarray(key_background(Image.fromarray(picture))) for picture in pictures]
-    return torch.cat([torch.from_numpy(np.stack(keyed)).movedim(-1, 1).float() / 255, views[:, 4:]], 1)
+def _rekey(
+    views: Tensor,  # [V, 4, S, S]
+) -> Tensor:
+    """Lose the masks on grey and key them again, `[V, 4, S, S]` in [0, 1]."""
+    alpha = views[:, 3:]
+    on_grey = to_pictures(views[:, :3] * alpha + (1 - alpha) * (127 / 255))
+    return torch.stack([_to_tensor(torch.from_numpy(np.array(key_background(picture)))) for picture in on_grey])
 
 
-def _resize(images: Tensor, size: int) -> Tensor:
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+def to_pictures(
+    values: Tensor,  # [N, C, S, S] in [0, 1]
+) -> list[Image.Image]:
+    """Pictures with `C` bands."""
+    arrays = (values * 255).round().byte().movedim(1, -1).squeeze(-1).numpy()
+    return [Image.fromarray(array) for array in arrays]
+
+
+def _to_tensor(
+    pictures: Tensor,  # [..., S, S, C] uint8
+) -> Tensor:
+    """`[..., C, S, S]` in [0, 1]."""
+    return pictures.movedim(-1, -3).float() / 255

@@ -1,7 +1,7 @@
 """Sparse 3D convolution in plain torch: grids, functions, layers. Networks live in `one2345pp.models`."""
 
+from .grid import SparseGrid
 from .modules import SparseConv3d, SparseDownConv3d, SparseGroupNorm, SparseUpConv3d, set_sparse_backend
-from .tensor import SparseGrid, SparseTensor
 
 
 __all__ = [
@@ -9,7 +9,6 @@ __all__ = [
     "SparseDownConv3d",
     "SparseGrid",
     "SparseGroupNorm",
-    "SparseTensor",
     "SparseUpConv3d",
     "set_sparse_backend",
 ]

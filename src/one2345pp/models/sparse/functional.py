@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .tensor import SparseGrid
+from .grid import SparseGrid
 
 
 CHUNK_ROWS = 1024  # voxels a product on a CPU: the gathered rows stay in cache
@@ -70,11 +70,6 @@ def up_conv3d(features: Tensor, weight: Tensor, bias: Tensor | None, grid: Spars
     expanded = features @ weight.permute(0, 2, 3, 4, 1).flatten(1)  # [M, 8 * C_out]
     out = _Gather.apply(expanded.view(-1, weight.shape[1]), grid.slots, grid.children.view(-1, 1))
     return out if bias is None else out + bias
-
-
-def upsample_nearest(features: Tensor, grid: SparseGrid) -> Tensor:
-    """Each parent's features to its children, `[M, C]` on `grid.coarser` to `[N, C]`."""
-    return _Gather.apply(features, grid.slots // 8, grid.children)
 
 
 def group_norm(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from . import functional, spconv_backend
-from .tensor import SparseGrid
+from .grid import SparseGrid
 
 
 BACKENDS = {"torch": functional.submanifold_conv3d, "spconv": spconv_backend.submanifold_conv3d}

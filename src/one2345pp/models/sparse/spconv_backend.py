@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from .tensor import SparseGrid
+from .grid import SparseGrid
 
 
 def check_spconv(device: torch.device) -> None:

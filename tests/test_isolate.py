@@ -209,8 +209,8 @@ def backdrop(kind: str, mug: np.ndarray) -> Image.Image:
         ImageDraw.Draw(mask).rounded_rectangle((0, 0, 255, 255), 24, fill=255)
         picture.putalpha(mask)
     else:
-        canvas = Image.new("RGBA", (320, 280))
-        canvas.paste(picture, (40, 12))
+        canvas = Image.new("RGBA", (320, 256))
+        canvas.paste(picture, (40, 0))
         picture = canvas
     return picture
 
@@ -221,14 +221,16 @@ def test_transparency_that_is_no_cut_out(mug, kind):
     picture = backdrop(kind, mug)
     truth = mug
     if kind == "canvas":
-        truth = np.zeros((280, 320, 4), np.uint8)
-        truth[12:268, 40:296] = mug
+        truth = np.zeros((256, 320, 4), np.uint8)
+        truth[:, 40:296] = mug
     for cut in isolate_object(picture), isolate.cut_out_view(picture):
         assert alpha_error(cut, truth) < 0.01
     square = Image.new("RGBA", (64, 64))
     square.paste((200, 30, 30, 255), (16, 16, 48, 48))
-    for whole in square, Image.fromarray(mug):
-        assert isolate_object(whole).tobytes() == whole.tobytes()
+    book = square.copy()  # plain but for its title, and cut out already
+    book.paste((240, 240, 240, 255), (26, 24, 38, 30))
+    for whole in square, book, Image.fromarray(mug):
+        assert isolate_object(whole).tobytes() == isolate.cut_out_view(whole).tobytes() == whole.tobytes()
 
 
 def swapped_profile() -> bytes:

@@ -100,8 +100,9 @@ def _remove_background(picture: Image.Image, background: str, name: str) -> Imag
 
 
 def within_backdrop(picture: Image.Image) -> Image.Image:
-    """A picture with transparency: as it is, unless what is opaque is a rectangle with a plain border, such as a screenshot with round
-    corners or a photograph on a larger canvas. Then the object within is cut out of that backdrop, too."""
+    """A picture with transparency: as it is, unless what is opaque is a rectangle with a plain border from side to side, such as a
+    screenshot with round corners or a photograph padded to a square. Then the object within is cut out of that backdrop, too. A
+    rectangle that stands free is an object, such as a book."""
     pixels = np.asarray(picture)
     solid = pixels[..., 3] >= 128
     if not solid.any():
@@ -109,7 +110,8 @@ def within_backdrop(picture: Image.Image) -> Image.Image:
     left, top, right, bottom = object_box(solid)
     box = pixels[top:bottom, left:right]
     inside = solid[top:bottom, left:right]
-    if inside.mean() < RECTANGLE:
+    spans = max((right - left) / picture.width, (bottom - top) / picture.height)
+    if min(inside.mean(), spans) < RECTANGLE:
         return picture
     rgb = box[..., :3].astype(np.float32)
     rgb[~inside] = np.median(_border(rgb)[_border(inside[..., None])[:, 0]], 0)
